@@ -1,0 +1,128 @@
+// Backend: the numeric operations of a device, behind one interface.
+//
+// Work on one Backend object is ordered, as on one stream; a pipeline lane owns its own Backend. A
+// Backend is used by one thread at a time. Views point to memory of that backend (for the CPU: host
+// memory). Map, Reduce and Histogram may return before the device is done; Synchronize waits.
+// Outputs of Reduce and Histogram are host values and are complete on return.
+//
+// Elementwise ops (kernels/ops/*.h) are trivially copyable functors, compiled by g++ and nvcc
+// alike:
+//
+//   struct Op { int inputs() const; template <class V, class I> PEWTER_HD V operator()(const V* x,
+//   I index) const; };
+//
+// V is the compute type: float, or double when an input or the output is F64; on the CPU it is a
+// SIMD vector of them. x[i] is the element of input i, `index` the element's index in the whole
+// tensor. Loads widen, the store rounds once to nearest even. No contraction, so CPU (any
+// instruction set) and CUDA agree bit for bit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "base/dtype.h"
+#include "kernels/ops/reduce_ops.h"
+#include "kernels/ops/task_vector.h"
+#include "kernels/ops/weighted_sum.h"
+
+namespace pewter::kernels {
+
+// Flat runs of elements. Data may be misaligned by any number of whole elements.
+struct ConstView {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t size = 0;  // elements
+};
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t size = 0;
+};
+
+// The ops that each backend implements; adding an op is adding its header and its name here.
+using MapOp = std::variant<WeightedSum, TaskVectorSum>;
+using ReduceOp = std::variant<DotNorms, DeltaAbsSums, CountEqualMagnitude>;
+using MagnitudeOp = std::variant<DeltaMagnitude>;
+
+// One level of a radix select over magnitudes. Magnitudes are compared as the unsigned integers
+// that hold their bits (sign cleared), which orders non-negative floats. F32 keys have 2 levels of
+// 16 bits, F64 keys 4.
+struct RadixLevel {
+  int level = 0;  // 0 is the most significant
+  uint64_t prefix =
+      0;  // the key's bits above this level; only elements that match are counted (level > 0)
+};
+inline constexpr int kRadixBins = 1 << 16;
+
+// Memory of a backend (device memory; aligned host memory on the CPU). Freed on destruction.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  virtual void* data() = 0;
+  virtual int64_t bytes() const = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string name() const = 0;         // "cpu", "cuda:0"
+  virtual std::string description() const = 0;  // "AMD EPYC ... (avx512), 2 threads", "NVIDIA H200"
+  // True when views may point to any host memory, so the pipeline skips Upload and Download.
+  virtual bool host_memory() const = 0;
+
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> Allocate(int64_t bytes) = 0;
+  // Host memory from which copies to the device are fast (pinned), 64-byte aligned.
+  virtual absl::StatusOr<std::unique_ptr<Buffer>> AllocateHost(int64_t bytes) = 0;
+  // Asynchronous when the host side is from AllocateHost; the host side must stay untouched until
+  // Synchronize.
+  virtual absl::Status Upload(const void* host, void* device, int64_t bytes) = 0;
+  virtual absl::Status Download(const void* device, void* host, int64_t bytes) = 0;
+  virtual absl::Status Synchronize() = 0;
+
+  // out[j] = op(in[0][j], in[1][j], ..., first + j). Inputs have one dtype (a floating one), the
+  // output any floating one.
+  virtual absl::Status Map(const MapOp& op, absl::Span<const ConstView> in, View out,
+                           int64_t first) = 0;
+  // Sums over the view of each of the op's terms, accumulated in double. Computed in blocks of
+  // kReduceBlock elements counted from element 0 of the tensor and added in order of blocks, so the
+  // result does not depend on threads, and adding the results of consecutive views that start at
+  // multiples of kReduceBlock gives the same bits as one view when they are added in order. Returns
+  // op.terms() values per block.
+  virtual absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op,
+                                                     absl::Span<const ConstView> in,
+                                                     int64_t first) = 0;
+  // Adds the counts of the level's digit of |op(x)| to `bins` (kRadixBins of them).
+  virtual absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                                 RadixLevel level, absl::Span<uint64_t> bins) = 0;
+};
+
+// Elements of a reduction block: partial sums are per block, whatever the tiling.
+inline constexpr int64_t kReduceBlock = 1 << 16;
+
+// Exact k-th largest magnitude: `value` such that elements with magnitude > value are fewer than k
+// and those >= value are at least k; `ties` is how many of those equal to `value` belong to the k.
+struct KthMagnitude {
+  double value = 0;
+  int64_t ties = 0;
+};
+// Drives Histogram over all levels; `histogram(level, bins)` adds one level's counts over the whole
+// tensor. `f64` says that keys are F64. 1 <= k <= number of elements.
+absl::StatusOr<KthMagnitude> SelectKth(
+    int64_t k, bool f64,
+    const std::function<absl::Status(RadixLevel, absl::Span<uint64_t>)>& histogram);
+
+// True as soon as one element of a floating host view is NaN or infinite; `*at` is then its index.
+bool FindNonFinite(ConstView view, int64_t* at);
+// Converts host elements between floating types, rounding to nearest even.
+void Convert(ConstView in, View out);
+
+}  // namespace pewter::kernels

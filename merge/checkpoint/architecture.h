@@ -1,0 +1,58 @@
+// Architectures are data: merge/checkpoint/architectures/*.json (compiled in) name every tensor of
+// a family. Unknown families are inferred from tensor names. Semantics are mergekit's (names,
+// aliases, tied and optional weights).
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "merge/checkpoint/checkpoint.h"
+
+namespace pewter {
+
+// A tensor of the architecture with its layer number filled in.
+struct ArchTensor {
+  std::string name;                  // canonical: the output's name, what filters see
+  std::vector<std::string> aliases;  // other names that a checkpoint may use, tried in order
+  std::vector<std::string>
+      tied_names;  // tensors that hold the same values when this one is not stored
+  bool optional = false;
+  bool vocabulary = false;  // rows are tokens (axis 0): subject to the tokenizer stage
+};
+
+// Where a component's tensors lie. Layer tensors are templates, instantiated by LayerTensors.
+class ArchModule {
+ public:
+  virtual ~ArchModule() = default;
+  virtual const std::string& name() const = 0;  // "default", "encoder", ...
+  virtual const std::vector<ArchTensor>& pre() const = 0;
+  virtual const std::vector<ArchTensor>& post() const = 0;
+  virtual std::vector<ArchTensor> LayerTensors(int64_t layer) const = 0;
+  // Layers of this component in `model` (from its config key, or counted when inferred).
+  virtual absl::StatusOr<int64_t> LayerCount(const Checkpoint& model) const = 0;
+  // config.json key that holds the layer count ("num_hidden_layers"; dotted for nested); empty when
+  // there is none.
+  virtual const std::string& layer_count_key() const = 0;
+  // config.json keys of other per-layer lists that a frankenmerge must slice alike ("layer_types").
+  virtual std::vector<std::string> per_layer_keys() const = 0;
+};
+
+class Architecture {
+ public:
+  virtual ~Architecture() = default;
+  virtual const std::string& name() const = 0;  // "LlamaForCausalLM", "inferred", "raw"
+  virtual const std::vector<std::unique_ptr<ArchModule>>& modules() const = 0;
+  // Extra small files that belong to the family and are copied to the output.
+  virtual const std::vector<std::string>& tagalong_files() const = 0;
+};
+
+// The architecture that all inputs share. FailedPrecondition when they differ (unless
+// `allow_mixed`, then the first's), naming both. Raw checkpoints: one module whose pre() are all
+// names; the inputs' names must be equal.
+absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(
+    absl::Span<const std::shared_ptr<const Checkpoint>> inputs, bool allow_mixed);
+
+}  // namespace pewter

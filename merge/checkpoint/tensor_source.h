@@ -1,0 +1,44 @@
+// TensorSource: ranged reads of one tensor into caller-owned memory.
+//
+// A stored tensor, or a view of one: cast to another dtype, with a LoRA added. Views compose and
+// every merge method works with every view. Sources are immutable and may be read from any thread;
+// an element's bits do not depend on the range it is read with.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "base/dtype.h"
+#include "base/shape.h"
+
+namespace pewter {
+
+// Is told of every byte that is read from a stored file, in any order, possibly from several
+// threads at once.
+class ReadObserver {
+ public:
+  virtual ~ReadObserver() = default;
+  // `bytes` lie at `offset` of file `file` (an index into the plan's input files).
+  virtual void OnRead(int file, int64_t offset, absl::Span<const std::byte> bytes) = 0;
+};
+
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  virtual DType dtype() const = 0;
+  virtual const Shape& shape() const = 0;
+  // "model ./a, tensor x.weight": for messages.
+  virtual const std::string& name() const = 0;
+  // Elements [first, first + count) in row-major order into `out` (count * ByteWidth(dtype())
+  // bytes). `observer` may be null.
+  virtual absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                            ReadObserver* observer) const = 0;
+  // Host bytes that the view keeps while it exists (LoRA factors).
+  virtual int64_t resident_bytes() const { return 0; }
+};
+
+}  // namespace pewter

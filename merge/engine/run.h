@@ -1,0 +1,46 @@
+// RunPlan: streams the plan's tensors through a Backend into the output.
+#pragma once
+
+#include <cstdint>
+#include <stop_token>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "merge/engine/observer.h"
+#include "merge/plan/plan.h"
+
+namespace pewter {
+
+enum class OutputMode {
+  kNew,        // AlreadyExists when the output folder holds anything
+  kResume,     // adopt the finished shards of an interrupted run of the same plan (else
+               // FailedPrecondition), or start
+  kOverwrite,  // the old model is unpublished first
+};
+
+struct RunOptions {
+  std::string output;  // URI or folder
+  OutputMode mode = OutputMode::kNew;
+  bool allow_nonfinite = false;  // NaN or infinity in an input is a warning, not DataLoss
+  bool hash_output =
+      true;  // off only to measure what hashing costs; the manifest then has no SHA-256
+  Observer* observer = nullptr;
+  std::stop_token stop;  // Cancelled; finished shards stay for a resume
+};
+
+// What was written; also the content of pewter_manifest.json.
+struct Manifest {
+  std::string json;
+  std::string fingerprint;
+  int64_t bytes_written = 0;
+  int64_t shards_reused = 0;
+  double seconds = 0;
+  std::vector<std::string> warnings;
+};
+
+// Order of publishing: shards as they finish, then aux files, config.json, index, manifest. So the
+// output is a loadable model only when all of it is there. Errors leave finished shards and a state
+// file for OutputMode::kResume.
+absl::StatusOr<Manifest> RunPlan(const Plan& plan, const RunOptions& options);
+
+}  // namespace pewter

@@ -1,0 +1,134 @@
+// MergeMethod: a value that maps input tensors to one output tensor. It sees no file, no proto, no
+// thread.
+//
+// To add a method, add one file here that defines `const MergeMethod k...` (see linear.cc) and a
+// golden; when its formula is new, add an op in kernels/ops/ too. The table of methods is generated
+// from the files of this folder.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "base/random.h"
+#include "base/shape.h"
+#include "kernels/backend.h"
+
+namespace pewter {
+
+enum class ParamType { kBool, kInt, kFloat, kString };
+
+// Where a parameter may be set. kModel: per input, then slice, module, global. kTensor: slice,
+// module, global; its value may differ from tensor to tensor. kJob: global only.
+enum class ParamScopeKind { kJob, kModel, kTensor };
+
+struct NoDefault {};  // required
+struct Unset {};      // optional, absent unless given
+using ParamDefault = std::variant<NoDefault, Unset, bool, int64_t, double, const char*>;
+
+struct Param {
+  const char* name;
+  const char* help;
+  ParamType type = ParamType::kFloat;
+  ParamScopeKind scope = ParamScopeKind::kTensor;
+  ParamDefault fallback = NoDefault{};
+  double min = -std::numeric_limits<double>::infinity();
+  double max = std::numeric_limits<double>::infinity();
+  std::vector<const char*> choices = {};
+  // mergekit accepts it for this method and it changes nothing: accepted with a warning.
+  bool no_effect = false;
+};
+
+// How a method treats base_model.
+enum class BaseUse {
+  kInput,     // an input like the others (appended when it is not listed)
+  kOptional,  // taken out of the inputs when given
+  kRequired,
+};
+
+// Resolved values of one tensor. Absent: the parameter is Unset.
+using ParamValue = std::variant<bool, int64_t, double, std::string>;
+using ParamValues = std::map<std::string, ParamValue>;
+
+class MethodContext;
+
+struct MergeMethod {
+  const char* name;
+  const char* title;      // "TIES"
+  const char* summary;    // one line
+  const char* formula;    // plain text
+  const char* reference;  // address of the paper or project
+  std::vector<Param> params;
+  BaseUse base = BaseUse::kInput;
+  int min_inputs = 1;  // without the base when the method takes it out
+  int max_inputs = kernels::kMaxInputs - 1;
+  // What to do with an optional tensor that only one input has: pass it through (true) or run on
+  // what is there.
+  bool single_input_passes = false;
+  // Extra device bytes for each element, beyond tiles (0: works tile by tile, memory independent of
+  // the tensor's size).
+  int64_t whole_tensor_bytes_per_element = 0;
+  absl::Status (*run)(MethodContext&) = nullptr;
+};
+
+// All methods, sorted by name.
+absl::Span<const MergeMethod* const> Methods();
+// InvalidArgument with the nearest names when there is none.
+absl::StatusOr<const MergeMethod*> FindMethod(absl::string_view name);
+
+// What a method sees of one output tensor. Implemented by the engine; all passes stream over tiles.
+class MethodContext {
+ public:
+  virtual ~MethodContext() = default;
+
+  virtual int inputs() const = 0;  // without the base where has_base()
+  virtual bool has_base() const = 0;
+  virtual const Shape& shape() const = 0;
+  virtual const ParamValue* shared(absl::string_view param) const = 0;  // null: unset
+  virtual const ParamValue* of_input(int input, absl::string_view param) const = 0;
+  // Key of the random draws of one input: from the job's seed, the output tensor's name and the
+  // input's place.
+  virtual PhiloxKey random_key(int input) const = 0;
+  // True when arithmetic is in double (an input or the output is F64).
+  virtual bool f64() const = 0;
+
+  // Operands of a pass: indices of inputs; kBase is the base.
+  static constexpr int kBase = -1;
+  using Operands = absl::Span<const int>;
+
+  // One pass: sums of the op's terms over the whole tensor, in a fixed order.
+  virtual absl::StatusOr<std::vector<double>> Reduce(const kernels::ReduceOp& op,
+                                                     Operands operands) = 0;
+  // Like Reduce but one row of terms for each block of kernels::kReduceBlock elements.
+  virtual absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
+                                                           Operands operands) = 0;
+  // For each i: the ks[i]-th largest |input i - base| (0: skip), found with shared passes, and
+  // `ties_end`, the index below which elements equal to it are kept so that exactly ks[i] are
+  // (lowest index first).
+  struct Trim {
+    double threshold = 0;
+    int64_t ties_end = 0;
+  };
+  virtual absl::StatusOr<std::vector<Trim>> SelectLargestDeltas(absl::Span<const int64_t> ks) = 0;
+  // The last pass: writes the output.
+  virtual absl::Status Map(const kernels::MapOp& op, Operands operands) = 0;
+  // The output is an input, converted to the output's dtype; bytes are copied when dtypes agree.
+  virtual absl::Status Copy(int input) = 0;
+
+  // Shorthands; the parameter exists by the method's table.
+  double number(absl::string_view param) const;
+  bool flag(absl::string_view param) const;
+  double number(int input, absl::string_view param) const;
+  // base, input 0, input 1, ... or the inputs alone.
+  std::vector<int> AllOperands() const;
+};
+
+}  // namespace pewter

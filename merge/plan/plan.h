@@ -1,0 +1,103 @@
+// Plan: immutable data made from a recipe and the checkpoints' headers: every output tensor with
+// its inputs, its method and resolved parameters, its place in an output shard. Everything that can
+// be wrong with the user's input is wrong here. The one exception to "headers only": tensors that
+// are not floating must be equal in all inputs, so they are compared here.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "merge/checkpoint/architecture.h"
+#include "merge/checkpoint/checkpoint.h"
+#include "merge/methods/method.h"
+#include "merge/recipe/recipe.h"
+
+namespace pewter {
+
+struct PlanOptions {
+  int64_t memory_bytes = 0;  // 0: 4 GiB or a quarter of RAM, the smaller
+  int threads = 0;           // 0: one for each core; only for the memory estimate
+  std::string device = "auto";
+  uint64_t seed = 0;
+  bool strict = false;       // warnings are errors
+  bool allow_mixed = false;  // architectures of inputs may differ (mergekit's --allow-crimes)
+  int64_t shard_bytes =
+      5'000'000'000;  // data bytes of an output shard; a larger tensor gets its own
+  bool copy_tokenizer = true;
+  bool write_model_card = true;
+};
+
+// One input of one output tensor.
+struct PlanInput {
+  int model = 0;                               // index into Plan::models
+  std::string tensor;                          // name in the checkpoint
+  std::shared_ptr<const TensorSource> source;  // LoRA applied, cast to the work dtype
+  ParamValues params;                          // of scope kModel
+};
+
+struct PlanTensor {
+  std::string name;
+  DType dtype = DType::kF32;  // of the output
+  Shape shape;
+  const MergeMethod* method =
+      nullptr;  // null: the only input is copied (buffers, single optional inputs)
+  std::vector<PlanInput> inputs;  // without the base
+  std::optional<PlanInput> base;
+  DType result_dtype =
+      DType::kF32;  // the result is rounded to it before `dtype` (mergekit: dtype, then out_dtype)
+  ParamValues params;  // of scopes kTensor and kJob
+  int shard = 0;
+  int64_t offset = 0;  // in the shard's file
+  int64_t bytes = 0;
+};
+
+struct PlanShard {
+  std::string file;          // "model-00001-of-00003.safetensors", "model.safetensors"
+  std::string header;        // bytes before the data
+  int64_t bytes = 0;         // of the whole file
+  std::vector<int> tensors;  // indices into Plan::tensors, in file order
+};
+
+// A small file of the output: written from `text`, or copied from a model's folder.
+struct PlanFile {
+  std::string name;
+  std::string text;
+  int model = -1;  // >= 0: copied from there
+};
+
+struct PlanModel {
+  std::string ref;
+  std::shared_ptr<const Checkpoint> checkpoint;
+  int file_base = 0;  // its first file in Plan::files
+};
+
+struct Plan {
+  std::string recipe_text;
+  std::string method;
+  std::string architecture;
+  PlanOptions options;  // memory, threads and device resolved
+  std::vector<PlanModel> models;
+  std::vector<InputFile> files;  // of all models, in order
+  std::vector<PlanTensor> tensors;
+  std::vector<PlanShard> shards;
+  std::vector<PlanFile> aux_files;    // tokenizer, generation config, model card, recipe
+  std::string config_json;            // written with the index, last; empty for raw checkpoints
+  std::string index_json;             // empty for a single shard
+  std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently
+  std::map<std::string, std::vector<std::string>>
+      unused_tensors;      // model -> tensors that no output reads
+  int64_t read_bytes = 0;  // stored bytes that one pass over all inputs reads
+  int64_t write_bytes = 0;
+  int64_t peak_bytes = 0;   // estimate of anonymous memory
+  std::string fingerprint;  // SHA-256 of what decides the output's bytes: recipe, inputs, options,
+                            // format version
+};
+
+absl::StatusOr<Plan> MakePlan(const Recipe& recipe, const PlanOptions& options);
+
+}  // namespace pewter

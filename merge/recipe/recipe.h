@@ -1,0 +1,100 @@
+// Recipe: the text that the user wrote, parsed but unresolved. The grammar is mergekit's YAML.
+//
+// Parsing checks types and structure, with line and column in every message; it reads no model.
+// Keys that nobody reads and settings without effect are collected as `warnings` (with a suggestion
+// where one is near). Values are plain data and may be copied freely.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "base/dtype.h"
+
+namespace pewter {
+
+// 1-based; 0 when unknown (for example a value set from the command line).
+struct TextPosition {
+  int line = 0;
+  int column = 0;
+};
+
+// PATH[@REVISION][+ADAPTER[@REVISION]], or the mapping form.
+struct ModelRef {
+  std::string
+      path;  // local path, file://, hf://, or a hub id that is looked up in the local hub cache
+  std::string revision;
+  std::string adapter;  // LoRA; empty for none
+  std::string adapter_revision;
+  std::string override_architecture;
+  TextPosition at;
+  // "path@rev+adapter@rev": identity within a recipe and the name in messages.
+  std::string ToString() const;
+  friend bool operator==(const ModelRef& a, const ModelRef& b) {
+    return a.ToString() == b.ToString();
+  }
+};
+
+using ParamScalar = std::variant<bool, int64_t, double, std::string>;
+
+// One value of a parameter: a scalar (one element) or a gradient (several), for the tensors whose
+// name contains `filter` (empty or "*": all).
+struct ParamCase {
+  std::string filter;
+  std::vector<ParamScalar> values;
+  bool gradient = false;  // written as a list
+  TextPosition at;
+};
+// Tried in order; the first whose filter matches counts.
+struct ParamSetting {
+  std::vector<ParamCase> cases;
+  TextPosition at;
+};
+using ParamScope = std::map<std::string, ParamSetting>;
+
+struct RecipeSource {
+  ModelRef model;
+  std::optional<std::pair<int64_t, int64_t>> layer_range;  // half open; absent: the whole model
+  ParamScope parameters;
+};
+
+struct RecipeSlice {
+  std::vector<RecipeSource> sources;
+  std::optional<ModelRef> base_model;
+  ParamScope parameters;
+  TextPosition at;
+};
+
+// One component of a model ("default" where there is one only).
+struct RecipeModule {
+  std::vector<RecipeSlice> slices;  // `models:` is one slice whose sources have no layer_range
+  bool from_models = false;         // written as `models:`
+  ParamScope parameters;
+};
+
+struct Recipe {
+  std::string text;  // verbatim
+  std::string merge_method;
+  TextPosition merge_method_at;
+  std::map<std::string, RecipeModule> modules;
+  bool has_modules_key = false;  // written as `modules:`; else the one module is "default"
+  std::optional<ModelRef> base_model;
+  std::optional<DType> dtype;
+  std::optional<DType> out_dtype;
+  ParamScope parameters;
+  std::optional<std::string> tokenizer_source;  // "base", "union", or a model reference
+  TextPosition tokenizer_source_at;
+  std::vector<std::string> warnings;
+};
+
+// `overrides` are --set key=value: a dotted path ("parameters.t", "dtype") and a YAML value,
+// applied to the parsed text. InvalidArgument names line and column: "recipe:12:7: ...".
+absl::StatusOr<Recipe> ParseRecipe(
+    absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides = {});
+
+}  // namespace pewter

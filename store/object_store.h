@@ -1,0 +1,69 @@
+// ObjectStore: five verbs over objects below one root (a folder, a bucket prefix, a hub snapshot).
+//
+// Keys are relative paths with '/' ("tokenizer/vocab.txt"); a key that is empty, absolute, or has a
+// ".." part is InvalidArgument. Every method may be called from any thread. Errors: NotFound,
+// PermissionDenied, DataLoss (fewer bytes than asked for), ResourceExhausted (disk full),
+// Unavailable (try again), Unimplemented (read-only store). The message names the object in full.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+
+namespace pewter {
+
+struct ObjectStat {
+  int64_t size = 0;
+  int64_t mtime_ns = 0;  // 0 where the store has none
+  std::string
+      etag;  // content identity where the store has one (hub blob name, S3 ETag), else empty
+};
+
+struct ObjectEntry {
+  std::string key;
+  ObjectStat stat;
+};
+
+// One object being written. Bytes become visible at Commit, all or none; destruction without Commit
+// aborts.
+class ObjectWriter {
+ public:
+  virtual ~ObjectWriter() = default;
+  virtual absl::Status Append(absl::Span<const std::byte> bytes) = 0;
+  // Durable when it returns OK. Replaces an object of the same key.
+  virtual absl::Status Commit() = 0;
+};
+
+class ObjectStore {
+ public:
+  virtual ~ObjectStore() = default;
+  virtual absl::StatusOr<ObjectStat> Stat(absl::string_view key) = 0;
+  // Fills `out` with the bytes from `offset` on; DataLoss when the object ends earlier.
+  virtual absl::Status ReadInto(absl::string_view key, int64_t offset,
+                                absl::Span<std::byte> out) = 0;
+  // Every object whose key starts with `prefix`, sorted by key. Temporary objects are not listed.
+  virtual absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) = 0;
+  // OK when the object was not there.
+  virtual absl::Status Remove(absl::string_view key) = 0;
+  virtual absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) = 0;
+  // Full name of an object, for messages: "/models/a/config.json".
+  virtual std::string Describe(absl::string_view key) const = 0;
+};
+
+// Whole object as text; FailedPrecondition when it is larger than `limit`.
+absl::StatusOr<std::string> ReadText(ObjectStore& store, absl::string_view key, int64_t limit);
+absl::Status WriteText(ObjectStore& store, absl::string_view key, absl::string_view text);
+
+// Opens the store at `uri`: a path, file:///path, or hf://org/model[@revision] (an existing hub
+// cache, offline). NotFound for an hf snapshot that is not in the cache. A file path need not exist
+// yet.
+absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri);
+
+}  // namespace pewter
