@@ -60,7 +60,7 @@ uint32_t Crc32c(absl::Span<const std::byte> bytes, uint32_t crc) {
 
 namespace {
 
-// A linear map on 32-bit CRC registers over GF(2): column i is the image of bit i.
+// A linear map on CRC registers over GF(2): column i is the image of bit i.
 using Gf2Matrix = std::array<uint32_t, 32>;
 
 uint32_t Apply(const Gf2Matrix& matrix, uint32_t vector) {
@@ -87,13 +87,17 @@ Gf2Matrix ZeroByte() {
 
 }  // namespace
 
-uint32_t Crc32cConcat(uint32_t crc_a, uint32_t crc_b, int64_t length_b) {
+Crc32cShift::Crc32cShift(int64_t length) {
+  for (int bit = 0; bit < 32; ++bit) columns_[bit] = 1u << bit;
   Gf2Matrix zeros = ZeroByte();
-  for (uint64_t length = static_cast<uint64_t>(length_b); length != 0; length >>= 1) {
-    if (length & 1) crc_a = Apply(zeros, crc_a);
+  for (uint64_t rest = static_cast<uint64_t>(length); rest != 0; rest >>= 1) {
+    if (rest & 1) {
+      for (uint32_t& column : columns_) column = Apply(zeros, column);
+    }
     zeros = Square(zeros);
   }
-  return crc_a ^ crc_b;
 }
+
+uint32_t Crc32cShift::operator()(uint32_t crc) const { return Apply(columns_, crc); }
 
 }  // namespace pewter

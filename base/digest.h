@@ -1,6 +1,7 @@
 // SHA-256 for what Pewter writes, CRC32C for what it reads.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -34,8 +35,21 @@ class Sha256 {
 
 // CRC32C (Castagnoli) of `bytes` appended to what `crc` covers; start with 0.
 uint32_t Crc32c(absl::Span<const std::byte> bytes, uint32_t crc = 0);
-// CRC32C of A followed by B, from theirs. So ranges that were read in any order give the digest of
-// the whole.
-uint32_t Crc32cConcat(uint32_t crc_a, uint32_t crc_b, int64_t length_b);
+// What appending `length` bytes does to a CRC: shift(crc_a) ^ crc_b is the CRC32C of A followed by
+// B of that length. So ranges that were read in any order give the digest of the whole. Making one
+// costs microseconds, using it nanoseconds.
+class Crc32cShift {
+ public:
+  explicit Crc32cShift(int64_t length);
+  uint32_t operator()(uint32_t crc) const;
+
+ private:
+  std::array<uint32_t, 32> columns_;  // a linear map over GF(2): the image of each bit
+};
+
+// CRC32C of A followed by B, from theirs.
+inline uint32_t Crc32cConcat(uint32_t crc_a, uint32_t crc_b, int64_t length_b) {
+  return Crc32cShift(length_b)(crc_a) ^ crc_b;
+}
 
 }  // namespace pewter

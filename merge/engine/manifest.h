@@ -1,0 +1,57 @@
+// pewter_manifest.json, and the state file of an unfinished run from which it is resumed.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "merge/engine/input_audit.h"
+#include "merge/plan/plan.h"
+#include "store/object_store.h"
+
+namespace pewter {
+
+inline constexpr char kManifestFile[] = "pewter_manifest.json";
+inline constexpr char kStateFile[] = ".pewter-state.json";
+
+// A finished output file. `sha256` is empty when hashing was off.
+struct OutputFile {
+  std::string name;
+  int64_t bytes = 0;
+  std::string sha256;
+};
+
+// What a finished shard leaves for the manifest and for a resume.
+struct ShardRecord {
+  OutputFile file;
+  std::vector<ReadRange> ranges;
+  std::vector<std::string> warnings;
+};
+
+// The state file: the plan's fingerprint and the finished shards, by shard number.
+struct RunState {
+  std::string fingerprint;
+  std::map<int, ShardRecord> shards;
+
+  std::string ToJson() const;
+  static absl::StatusOr<RunState> FromJson(absl::string_view text);
+};
+
+struct ManifestInput {
+  const Plan& plan;
+  const std::map<int, ShardRecord>& shards;
+  const std::vector<OutputFile>& aux_files;
+  std::string device;  // description of the backend
+  int threads = 0;
+  double seconds = 0;
+  int64_t shards_reused = 0;
+};
+
+// Inputs are identified by the hub's etag, else by size, time of change and CRC32C: of the whole
+// file where all of it was read, else of the ranges that were.
+std::string ManifestJson(const ManifestInput& input);
+
+}  // namespace pewter

@@ -1,0 +1,411 @@
+#include "merge/engine/run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/status.h"
+#include "base/units.h"
+#include "merge/engine/buffer_pool.h"
+#include "merge/engine/manifest.h"
+#include "merge/engine/shard_writer.h"
+#include "merge/engine/tensor_run.h"
+#include "merge/engine/tile_scheduler.h"
+
+namespace pewter {
+namespace {
+
+// Tensors of one shard that are merged at a time: enough that lanes have work while a small
+// tensor's pass ends.
+constexpr int kTensorsInFlight = 4;
+// Elements of a tile. On the CPU a tile of every input stays in the core's cache from the read to
+// the last use; a GPU wants enough for its launch and transfer costs to vanish.
+constexpr int64_t kCpuTileElements = 2 * kernels::kReduceBlock;
+constexpr int64_t kCudaTileElements = 64 * kernels::kReduceBlock;
+// Lanes of a GPU: reading, uploading, computing and downloading overlap between them.
+constexpr int kCudaLanes = 4;
+constexpr int kLanesPerOpenShard = 4;
+constexpr int64_t kLargestWindow = int64_t{64} << 20;
+
+double Seconds(std::chrono::steady_clock::duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
+
+// Counts and reports, at most ten times a second.
+class ProgressMeter {
+ public:
+  ProgressMeter(const Plan& plan, Observer* observer) : observer_(observer) {
+    progress_.phase = Phase::kMerging;
+    progress_.tensors_total = static_cast<int64_t>(plan.tensors.size());
+    for (const PlanShard& shard : plan.shards) progress_.bytes_total += shard.bytes;
+  }
+
+  void Add(int64_t Progress::*counter, int64_t amount) {
+    std::lock_guard lock(mutex_);
+    progress_.*counter += amount;
+    Report(/*always=*/false);
+  }
+  // Reused shards count as written but not for the rate.
+  void Reuse(int64_t bytes, int64_t tensors) {
+    std::lock_guard lock(mutex_);
+    ++progress_.shards_reused;
+    progress_.bytes_written += bytes;
+    progress_.tensors_done += tensors;
+    rate_bytes_ = progress_.bytes_written;
+  }
+  void Current(const std::string& tensor) {
+    std::lock_guard lock(mutex_);
+    progress_.current = tensor;
+  }
+  void Enter(Phase phase) {
+    std::lock_guard lock(mutex_);
+    progress_.phase = phase;
+    Report(/*always=*/true);
+  }
+  double seconds() const { return Seconds(Clock::now() - start_); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void Report(bool always) {
+    if (observer_ == nullptr) return;
+    const Clock::time_point now = Clock::now();
+    if (!always && now - reported_ < std::chrono::milliseconds(100)) return;
+    reported_ = now;
+    progress_.seconds = Seconds(now - start_);
+    if (const double span = Seconds(now - rate_from_); span >= 0.5) {
+      const double rate = static_cast<double>(progress_.bytes_written - rate_bytes_) / span;
+      // Half old, half new: steady to look at, and follows within a few seconds.
+      progress_.bytes_per_second =
+          progress_.bytes_per_second == 0 ? rate : (progress_.bytes_per_second + rate) / 2;
+      rate_from_ = now;
+      rate_bytes_ = progress_.bytes_written;
+    }
+    progress_.seconds_left =
+        progress_.bytes_per_second > 0
+            ? static_cast<double>(progress_.bytes_total - progress_.bytes_written) /
+                  progress_.bytes_per_second
+            : -1;
+    observer_->OnProgress(progress_);
+  }
+
+  Observer* const observer_;
+  std::mutex mutex_;
+  Progress progress_;
+  const Clock::time_point start_ = Clock::now();
+  Clock::time_point reported_, rate_from_ = start_;
+  int64_t rate_bytes_ = 0;
+};
+
+class Run {
+ public:
+  Run(const Plan& plan, const RunOptions& options)
+      : plan_(plan), options_(options), meter_(plan, options.observer) {}
+
+  absl::StatusOr<Manifest> Execute();
+
+ private:
+  absl::Status PrepareOutput();
+  absl::Status ReuseShard(int index, const ShardRecord& record);
+  absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
+  absl::Status MergeShards();
+  absl::Status MergeShard(int index);
+  absl::Status CheckInputsUnchanged();
+  absl::Status Publish();
+  absl::Status WriteAux(const std::string& name, absl::string_view text);
+  absl::Status SaveState();
+
+  const Plan& plan_;
+  const RunOptions& options_;
+  ProgressMeter meter_;
+  std::shared_ptr<ObjectStore> output_;
+  std::unique_ptr<TileScheduler> scheduler_;
+  std::unique_ptr<BufferPool> buffers_;
+  std::string device_description_;
+  int64_t tile_elements_ = 0;
+  int64_t window_bytes_ = 0;
+  int open_shards_ = 1;
+  std::mutex mutex_;
+  RunState state_;  // guarded by mutex_ while shards are merged
+  int64_t shards_reused_ = 0;
+  std::vector<OutputFile> aux_files_;
+};
+
+absl::Status Run::PrepareOutput() {
+  ASSIGN_OR_RETURN(output_, OpenStore(options_.output));
+  ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, output_->List(""));
+  const bool has_state = std::any_of(entries.begin(), entries.end(), [](const ObjectEntry& entry) {
+    return entry.key == kStateFile;
+  });
+  const bool has_manifest =
+      std::any_of(entries.begin(), entries.end(),
+                  [](const ObjectEntry& entry) { return entry.key == kManifestFile; });
+  state_.fingerprint = plan_.fingerprint;
+  if (options_.mode == OutputMode::kOverwrite) {
+    RETURN_IF_ERROR(Unpublish(entries));
+  } else if (options_.mode == OutputMode::kResume && has_state) {
+    ASSIGN_OR_RETURN(const std::string text, ReadText(*output_, kStateFile, int64_t{256} << 20));
+    ASSIGN_OR_RETURN(const RunState found, RunState::FromJson(text));
+    if (found.fingerprint != plan_.fingerprint) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          options_.output,
+          " holds an unfinished run of another plan (the recipe, the inputs or options "
+          "have changed); use --overwrite to start again"));
+    }
+    for (const auto& [index, record] : found.shards) {
+      // A shard that does not check out is merged again.
+      if (ReuseShard(index, record).ok()) state_.shards[index] = record;
+    }
+  } else if (!entries.empty()) {
+    if (has_state) {
+      return absl::AlreadyExistsError(
+          absl::StrCat(options_.output,
+                       " holds an unfinished run; use --resume to go on with "
+                       "it or --overwrite to start again"));
+    }
+    return absl::AlreadyExistsError(absl::StrCat(
+        options_.output, has_manifest ? " already holds a finished model" : " is not empty",
+        "; choose another output or use --overwrite"));
+  }
+  // Also shows, before any work, that the output can be written.
+  return SaveState();
+}
+
+absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
+  const absl::Status mismatch = absl::DataLossError("not the shard that the state file describes");
+  if (index < 0 || index >= static_cast<int>(plan_.shards.size())) return mismatch;
+  const PlanShard& shard = plan_.shards[index];
+  ASSIGN_OR_RETURN(const ObjectStat stat, output_->Stat(shard.file));
+  if (record.file.name != shard.file || stat.size != shard.bytes || record.file.sha256.empty())
+    return mismatch;
+  constexpr int64_t kChunk = 1 << 20;
+  std::vector<std::byte> chunk(kChunk);
+  Sha256 sha;
+  for (int64_t offset = 0; offset < stat.size; offset += kChunk) {
+    const absl::Span<std::byte> part =
+        absl::MakeSpan(chunk).subspan(0, std::min(kChunk, stat.size - offset));
+    RETURN_IF_ERROR(output_->ReadInto(shard.file, offset, part));
+    sha.Update(part);
+  }
+  if (sha.Finish() != record.file.sha256) return mismatch;
+  ++shards_reused_;
+  meter_.Reuse(shard.bytes, static_cast<int64_t>(shard.tensors.size()));
+  return absl::OkStatus();
+}
+
+absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
+  // First what makes it a model, then its weights; other files of the user stay.
+  for (const char* name :
+       {kManifestFile, "model.safetensors.index.json", "config.json", kStateFile}) {
+    RETURN_IF_ERROR(output_->Remove(name));
+  }
+  for (const ObjectEntry& entry : entries) {
+    const absl::string_view key = entry.key;
+    const bool weights = key.find('/') == absl::string_view::npos && key.substr(0, 5) == "model" &&
+                         key.size() > 12 && key.substr(key.size() - 12) == ".safetensors";
+    if (weights) RETURN_IF_ERROR(output_->Remove(key));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run::SaveState() {
+  if (!options_.hash_output)
+    return WriteText(*output_, kStateFile, RunState{state_.fingerprint, {}}.ToJson());
+  return WriteText(*output_, kStateFile, state_.ToJson());
+}
+
+absl::Status Run::MergeShard(int index) {
+  const PlanShard& shard = plan_.shards[index];
+  ASSIGN_OR_RETURN(std::unique_ptr<ObjectWriter> object, output_->Create(shard.file));
+  ShardWriter writer(shard, std::move(object),
+                     {.window_bytes = window_bytes_,
+                      .hash = options_.hash_output,
+                      .advanced =
+                          [this](int64_t bytes) {
+                            meter_.Add(&Progress::bytes_written, bytes);
+                            scheduler_->Wake();
+                          },
+                      .failed = [this](const absl::Status& status) { scheduler_->Abort(status); }});
+  TensorRun::Environment environment{
+      .scheduler = *scheduler_,
+      .buffers = *buffers_,
+      .writer = writer,
+      .tile_elements = tile_elements_,
+      .seed = plan_.options.seed,
+      .allow_nonfinite = options_.allow_nonfinite,
+      .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+  std::atomic<size_t> next{0};
+  std::mutex mutex;
+  absl::Status status;
+  std::map<size_t, ShardRecord> parts;  // by place of the tensor, so that warnings keep plan order
+  const auto coordinate = [&] {
+    for (size_t i = next++; i < shard.tensors.size(); i = next++) {
+      const PlanTensor& tensor = plan_.tensors[shard.tensors[i]];
+      meter_.Current(tensor.name);
+      TensorRun run(tensor, shard.tensors[i], environment);
+      const absl::Status merged = run.Run();
+      std::lock_guard lock(mutex);
+      if (!merged.ok()) {
+        if (status.ok()) status = merged;
+        scheduler_->Abort(merged);
+        return;
+      }
+      parts[i] = {.ranges = run.TakeRanges(), .warnings = run.warnings()};
+      meter_.Add(&Progress::tensors_done, 1);
+    }
+  };
+  {
+    std::vector<std::jthread> coordinators;
+    const size_t count = std::min<size_t>(kTensorsInFlight, shard.tensors.size());
+    for (size_t i = 0; i < count; ++i) coordinators.emplace_back(coordinate);
+  }
+  RETURN_IF_ERROR(status);
+  ShardRecord record{.file = {.name = shard.file, .bytes = shard.bytes}};
+  ASSIGN_OR_RETURN(record.file.sha256, writer.Finish());
+  for (auto& [place, part] : parts) {
+    record.ranges.insert(record.ranges.end(), part.ranges.begin(), part.ranges.end());
+    for (std::string& warning : part.warnings) {
+      if (options_.observer != nullptr) options_.observer->OnWarning(warning);
+      record.warnings.push_back(std::move(warning));
+    }
+  }
+  record.ranges = JoinRanges(std::move(record.ranges));
+  std::lock_guard lock(mutex_);
+  state_.shards[index] = std::move(record);
+  return SaveState();
+}
+
+absl::Status Run::MergeShards() {
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
+  tile_elements_ = device.cuda ? kCudaTileElements : kCpuTileElements;
+  size_t most_operands = 1;
+  int64_t widest = 1;
+  for (const PlanTensor& tensor : plan_.tensors) {
+    most_operands = std::max(most_operands, tensor.inputs.size() + 1);
+    widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
+    for (const PlanInput& input : tensor.inputs)
+      widest = std::max(widest, ByteWidth(input.source->dtype()));
+  }
+  const int64_t tile_bytes = tile_elements_ * widest;
+  // Half of the memory for the lanes' tiles, a quarter for tiles that wait to be written; the rest
+  // is slack for LoRA factors, histograms and the process itself.
+  const int64_t lane_bytes = tile_bytes * static_cast<int64_t>(most_operands + 1);
+  const int64_t wanted =
+      device.cuda ? std::max(kCudaLanes, plan_.options.threads) : plan_.options.threads;
+  const int lanes =
+      static_cast<int>(std::clamp<int64_t>(plan_.options.memory_bytes / 2 / lane_bytes, 1, wanted));
+  open_shards_ = std::clamp(lanes / kLanesPerOpenShard, 1,
+                            std::max<int>(1, static_cast<int>(plan_.shards.size())));
+  window_bytes_ = std::clamp(plan_.options.memory_bytes / 4 / open_shards_, 4 * tile_bytes,
+                             std::max(kLargestWindow, 4 * tile_bytes));
+  ASSIGN_OR_RETURN(std::unique_ptr<kernels::Backend> allocator,
+                   kernels::OpenBackend(device, /*threads=*/1));
+  device_description_ = allocator->description();
+  buffers_ = std::make_unique<BufferPool>(std::move(allocator), window_bytes_ * open_shards_);
+  ASSIGN_OR_RETURN(scheduler_, TileScheduler::Create(device, lanes, options_.stop));
+
+  std::atomic<int> next{0};
+  std::mutex mutex;
+  absl::Status status;
+  const auto merge_next = [&] {
+    for (int i = next++; i < static_cast<int>(plan_.shards.size()); i = next++) {
+      {
+        std::lock_guard lock(mutex_);
+        if (state_.shards.contains(i)) continue;
+      }
+      const absl::Status merged = options_.stop.stop_requested()
+                                      ? absl::CancelledError("the merge was stopped")
+                                      : MergeShard(i);
+      if (merged.ok()) continue;
+      std::lock_guard lock(mutex);
+      if (status.ok()) status = merged;
+      return;
+    }
+  };
+  {
+    std::vector<std::jthread> shard_threads;
+    for (int i = 0; i < open_shards_; ++i) shard_threads.emplace_back(merge_next);
+  }
+  scheduler_.reset();
+  return status;
+}
+
+absl::Status Run::CheckInputsUnchanged() {
+  for (const InputFile& file : plan_.files) {
+    ASSIGN_OR_RETURN(const ObjectStat now, file.store->Stat(file.key));
+    if (now.size != file.stat.size || now.mtime_ns != file.stat.mtime_ns ||
+        now.etag != file.stat.etag) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          file.Describe(), " changed while it was being merged; run again with --overwrite"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run::WriteAux(const std::string& name, absl::string_view text) {
+  RETURN_IF_ERROR(WriteText(*output_, name, text));
+  OutputFile file{.name = name, .bytes = static_cast<int64_t>(text.size())};
+  if (options_.hash_output) file.sha256 = Sha256::Of(text);
+  aux_files_.push_back(std::move(file));
+  return absl::OkStatus();
+}
+
+absl::Status Run::Publish() {
+  constexpr int64_t kLargestCopy = int64_t{1} << 30;
+  for (const PlanFile& file : plan_.aux_files) {
+    if (file.model < 0) {
+      RETURN_IF_ERROR(WriteAux(file.name, file.text));
+    } else {
+      ASSIGN_OR_RETURN(
+          const std::string text,
+          ReadText(plan_.models[file.model].checkpoint->store(), file.name, kLargestCopy));
+      RETURN_IF_ERROR(WriteAux(file.name, text));
+    }
+  }
+  if (!plan_.config_json.empty()) RETURN_IF_ERROR(WriteAux("config.json", plan_.config_json));
+  if (!plan_.index_json.empty())
+    RETURN_IF_ERROR(WriteAux("model.safetensors.index.json", plan_.index_json));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Manifest> Run::Execute() {
+  RETURN_IF_ERROR(PrepareOutput());
+  RETURN_IF_ERROR(MergeShards());
+  RETURN_IF_ERROR(CheckInputsUnchanged());
+  meter_.Enter(Phase::kPublishing);
+  RETURN_IF_ERROR(Publish());
+  Manifest manifest{.fingerprint = plan_.fingerprint,
+                    .shards_reused = shards_reused_,
+                    .seconds = meter_.seconds(),
+                    .warnings = plan_.warnings};
+  for (const auto& [index, shard] : state_.shards) {
+    manifest.bytes_written += shard.file.bytes;
+    manifest.warnings.insert(manifest.warnings.end(), shard.warnings.begin(), shard.warnings.end());
+  }
+  manifest.json = ManifestJson({.plan = plan_,
+                                .shards = state_.shards,
+                                .aux_files = aux_files_,
+                                .device = device_description_,
+                                .threads = plan_.options.threads,
+                                .seconds = manifest.seconds,
+                                .shards_reused = shards_reused_});
+  RETURN_IF_ERROR(WriteText(*output_, kManifestFile, manifest.json));
+  RETURN_IF_ERROR(output_->Remove(kStateFile));
+  meter_.Enter(Phase::kDone);
+  return manifest;
+}
+
+}  // namespace
+
+absl::StatusOr<Manifest> RunPlan(const Plan& plan, const RunOptions& options) {
+  return Run(plan, options).Execute();
+}
+
+}  // namespace pewter
