@@ -1,0 +1,187 @@
+// mergekit's recipes against mergekit's outputs. Cases are folders (tests/goldens/README.md); a
+// larger set beside the checkout is run too where there is one.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "merge/pewter.h"
+#include "nlohmann/json.hpp"
+#include "tests/support/tiny_model.h"
+
+namespace pewter {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using testing::ReadFile;
+using testing::ReadTensors;
+using testing::TinyTensor;
+
+struct Case {
+  std::string root;
+  std::string id;
+  friend void PrintTo(const Case& c, std::ostream* out) { *out << c.root << "/cases/" << c.id; }
+};
+
+// Cases that need what Pewter does not do yet, and the one that it does better on purpose (adapters
+// need no cache).
+const std::set<std::string>& NotOurs() {
+  static const auto* const ids =
+      new std::set<std::string>{"unsafe_truncate", "tok_union_linear", "chat_template_auto",
+                                "quirk_tok_add_with_source_base", "err_lora_without_cache"};
+  return *ids;
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  const fs::path source = PEWTER_SOURCE_DIR;
+  for (const fs::path& root : {source / "tests/goldens", source / "../shared/goldens/mergekit"}) {
+    if (!fs::is_directory(root / "cases")) continue;
+    for (const auto& entry : fs::directory_iterator(root / "cases")) {
+      const std::string id = entry.path().filename();
+      if (NotOurs().contains(id) || !fs::exists(entry.path() / "recipe.yml")) continue;
+      const json meta = json::parse(ReadFile(entry.path() / "meta.json"));
+      if (meta["tool"] != "mergekit-yaml") continue;
+      const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(entry.path() / "recipe.yml"));
+      const bool is_error = meta["compare"]["mode"] == "error";
+      if (!is_error && recipe.ok() && !FindMethod(recipe->merge_method).ok()) continue;
+      cases.push_back({fs::weakly_canonical(root).string(), id});
+    }
+  }
+  std::sort(cases.begin(), cases.end(), [](const Case& a, const Case& b) {
+    return std::tie(a.root, a.id) < std::tie(b.root, b.id);
+  });
+  return cases;
+}
+
+class GoldenTest : public ::testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override {
+    fs::current_path(GetParam().root);
+    folder_ = GetParam().root + "/cases/" + GetParam().id;
+    meta_ = json::parse(ReadFile(folder_ + "/meta.json"));
+    const std::vector<std::string> args = meta_["args"];
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (args[i] == "--out-shard-size") options_.shard_bytes = args[i + 1] == "60K" ? 60'000 : 0;
+      if (args[i] == "--allow-crimes") options_.allow_mixed = true;
+      if (args[i] == "--random-seed") options_.seed = std::stoul(args[i + 1]);
+      if (args[i] == "--no-write-model-card") options_.write_model_card = false;
+      if (args[i] == "--no-copy-tokenizer") options_.copy_tokenizer = false;
+    }
+    options_.device = "cpu";
+  }
+
+  absl::StatusOr<Plan> MakeGoldenPlan() {
+    const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(folder_ + "/recipe.yml"));
+    if (!recipe.ok()) return recipe.status();
+    return MakePlan(*recipe, options_);
+  }
+
+  void CompareClose(const json& compare, const std::map<std::string, TinyTensor>& expected,
+                    const std::map<std::string, TinyTensor>& merged) {
+    const double rtol = compare["rtol"], atol = compare["atol"];
+    const double allowed = compare.value("max_mismatch_frac", 0.0);
+    for (const auto& [name, want] : expected) {
+      const TinyTensor& got = merged.at(name);
+      int64_t bad = 0;
+      double worst = 0;
+      for (size_t i = 0; i < want.values.size(); ++i) {
+        const double difference = std::abs(want.values[i] - got.values[i]);
+        worst = std::max(worst, difference);
+        if (!(difference <= atol + rtol * std::abs(want.values[i]))) ++bad;
+      }
+      EXPECT_LE(static_cast<double>(bad), allowed * static_cast<double>(want.values.size()))
+          << name << ": largest difference " << worst;
+    }
+  }
+
+  // DARE of one fine-tune: which elements stay is ours to draw, how many and with which value is
+  // not.
+  void CompareRandom(const json& compare, const std::map<std::string, TinyTensor>& merged) {
+    const auto base = ReadTensors("models/" + compare["base"].get<std::string>());
+    const auto tuned = ReadTensors("models/" + compare["ft"].get<std::string>());
+    for (const auto& [name, got] : merged) {
+      const std::vector<double>&b = base.at(name).values, &x = tuned.at(name).values;
+      double all = 0, kept = 0;
+      int64_t nonzero = 0, kept_count = 0;
+      std::vector<double> delta(b.size());
+      for (size_t i = 0; i < b.size(); ++i) {
+        delta[i] = static_cast<float>(x[i]) - static_cast<float>(b[i]);
+        const bool stays = got.values[i] != b[i];
+        if (delta[i] == 0) {
+          EXPECT_EQ(got.values[i], b[i]) << name;
+        } else {
+          ++nonzero;
+          all += std::abs(delta[i]);
+          if (stays) kept += std::abs(delta[i]), ++kept_count;
+        }
+      }
+      if (nonzero < 400) continue;
+      const double density = compare["density"], n = static_cast<double>(nonzero);
+      EXPECT_NEAR(static_cast<double>(kept_count) / n, density,
+                  6 * std::sqrt(density * (1 - density) / n) + 1e-3)
+          << name;
+      const double scale =
+          (compare["rescale"].get<bool>() ? all / kept : 1.0) * compare["weight"].get<double>();
+      for (size_t i = 0; i < b.size(); ++i) {
+        if (got.values[i] != b[i]) {
+          ASSERT_NEAR(got.values[i], b[i] + scale * delta[i], 5e-6) << name << " " << i;
+        }
+      }
+    }
+  }
+
+  std::string folder_;
+  json meta_;
+  PlanOptions options_;
+};
+
+TEST_P(GoldenTest, Agrees) {
+  const json& compare = meta_["compare"];
+  const absl::StatusOr<Plan> plan = MakeGoldenPlan();
+  if (compare["mode"] == "error") {
+    ASSERT_FALSE(plan.ok()) << "mergekit fails with: " << meta_["error"]["message"];
+    EXPECT_NE(plan.status().code(), absl::StatusCode::kInternal);
+    EXPECT_THAT(std::string(plan.status().message()), ::testing::SizeIs(::testing::Gt(15u)));
+    RecordProperty("message", std::string(plan.status().message()));
+    return;
+  }
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  testing::TempFolder out;
+  const absl::StatusOr<Manifest> manifest = RunPlan(*plan, {.output = out / "model"});
+  ASSERT_TRUE(manifest.ok()) << manifest.status();
+
+  const auto merged = ReadTensors(out / "model");
+  if (compare["mode"] == "random") {
+    EXPECT_EQ(merged.size(), meta_["n_tensors"].get<size_t>());
+    CompareRandom(compare, merged);
+    return;
+  }
+  const auto expected = ReadTensors(folder_ + "/expected");
+  for (const auto& [name, want] : expected) {
+    ASSERT_TRUE(merged.contains(name)) << name;
+    EXPECT_EQ(merged.at(name).dtype, want.dtype) << name;
+    ASSERT_EQ(merged.at(name).shape, want.shape) << name;
+  }
+  EXPECT_EQ(merged.size(), expected.size());
+  CompareClose(compare, expected, merged);
+
+  const json want = json::parse(ReadFile(folder_ + "/expected/config.json"));
+  const json got = json::parse(ReadFile(out / "model/config.json"));
+  for (const char* key : {"num_hidden_layers", "n_layer", "vocab_size", "architectures"}) {
+    if (want.contains(key)) EXPECT_EQ(got.value(key, json()), want[key]) << key;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Mergekit, GoldenTest, ::testing::ValuesIn(Cases()), [](const auto& info) {
+  return info.param.id + (info.param.root.ends_with("tests/goldens") ? "" : "_more");
+});
+
+}  // namespace
+}  // namespace pewter
