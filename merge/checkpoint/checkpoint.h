@@ -52,6 +52,8 @@ class Checkpoint {
   virtual const std::vector<std::string>& tensor_names() const = 0;
   // Null when there is no such tensor. dtype and shape as stored.
   virtual const TensorInfo* Find(absl::string_view tensor) const = 0;
+  // Index into files() of the file that stores a tensor; -1 when there is no such tensor.
+  virtual int FileOf(absl::string_view tensor) const = 0;
   // A readable view of a tensor with the adapter applied in float32 and rounded to the stored
   // dtype. `file_base` is added to file indices given to ReadObserver. NotFound when there is no
   // such tensor.

@@ -1,0 +1,295 @@
+#include "merge/checkpoint/checkpoint.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "base/status.h"
+#include "merge/checkpoint/lora_adapter.h"
+#include "merge/checkpoint/printable.h"
+#include "merge/checkpoint/shard_index.h"
+#include "merge/checkpoint/stored_source.h"
+#include "store/hub_cache_store.h"
+
+namespace pewter {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr absl::string_view kConfig = "config.json";
+constexpr absl::string_view kSingle = "model.safetensors";
+constexpr absl::string_view kIndex = "model.safetensors.index.json";
+constexpr absl::string_view kExtension = ".safetensors";
+constexpr int64_t kMaxConfigBytes = int64_t{16} << 20;
+constexpr int64_t kMaxIndexBytes = 100'000'000;
+
+// Where a model or an adapter lies.
+struct Location {
+  std::shared_ptr<ObjectStore> store;
+  std::string file;  // of a bare .safetensors file; else empty: a folder
+};
+
+absl::StatusOr<Location> LocateFile(const std::string& path) {
+  std::error_code error;
+  if (fs::is_directory(path, error)) {
+    ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store, OpenStore(path));
+    return Location{.store = std::move(store)};
+  }
+  if (!fs::exists(path, error)) {
+    // is_directory and exists also say no when a folder on the way may not be searched.
+    if (error) {
+      return absl::PermissionDeniedError(absl::StrCat("cannot open ", path, ": ", error.message()));
+    }
+    return absl::NotFoundError(absl::StrCat(path, " does not exist"));
+  }
+  if (!absl::EndsWith(path, kExtension)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(path, " is neither a folder nor a .safetensors file"));
+  }
+  const fs::path file(path);
+  const std::string folder = file.parent_path().string();
+  ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store, OpenStore(folder.empty() ? "." : folder));
+  return Location{.store = std::move(store), .file = file.filename().string()};
+}
+
+// An existing local path, file://, hf://, or a hub id.
+absl::StatusOr<Location> Locate(const std::string& path, const std::string& revision) {
+  if (path.empty()) return absl::InvalidArgumentError("empty model path");
+  absl::string_view hub_id = path;
+  if (absl::ConsumePrefix(&hub_id, "hf://")) {
+    const size_t at = hub_id.find('@');
+    if (at != absl::string_view::npos && !revision.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, " has a revision; a second one (", revision, ") cannot be given"));
+    }
+    ASSIGN_OR_RETURN(
+        std::shared_ptr<ObjectStore> store,
+        HubCacheStore::Open(hub_id.substr(0, at),
+                            at == absl::string_view::npos ? revision : hub_id.substr(at + 1)));
+    return Location{.store = std::move(store)};
+  }
+  absl::string_view local = path;
+  const bool is_file_uri = absl::ConsumePrefix(&local, "file://");
+  if (!is_file_uri && absl::StrContains(path, "://")) return OpenStore(path).status();
+  if (is_file_uri && !absl::StartsWith(local, "/")) return OpenStore(path).status();
+  absl::StatusOr<Location> found = LocateFile(std::string(local));
+  if (found.ok() && !revision.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        local, " is a local path, which has no revision (", revision, " was asked for)"));
+  }
+  if (!absl::IsNotFound(found.status()) || is_file_uri || !HubCacheStore::IsModelId(path)) {
+    return found;
+  }
+  absl::StatusOr<std::shared_ptr<ObjectStore>> snapshot = HubCacheStore::Open(path, revision);
+  if (absl::IsNotFound(snapshot.status())) {
+    return absl::NotFoundError(
+        absl::StrCat("no local path ", path, ", and ", snapshot.status().message()));
+  }
+  RETURN_IF_ERROR(snapshot.status());
+  return Location{.store = *std::move(snapshot)};
+}
+
+bool Exists(ObjectStore& store, absl::string_view key) { return store.Stat(key).ok(); }
+
+// Why a Hugging Face folder has no weights that can be read.
+absl::Status NoWeights(ObjectStore& store, const std::vector<ObjectEntry>& entries) {
+  const std::string folder = store.Describe("");
+  for (const ObjectEntry& entry : entries) {
+    if (absl::EndsWith(entry.key, ".bin") || absl::EndsWith(entry.key, ".bin.index.json") ||
+        absl::EndsWith(entry.key, ".pt") || absl::EndsWith(entry.key, ".pth")) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          folder, " has only ", Printable(entry.key),
+          ": pickle checkpoints are not read, as they can run code; convert it to safetensors"));
+    }
+  }
+  for (const ObjectEntry& entry : entries) {
+    if (absl::EndsWith(entry.key, kExtension)) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          folder, " has neither ", kSingle, " nor ", kIndex, ", but ", Printable(entry.key),
+          Exists(store, "adapter_config.json") ? ": it is an adapter; write it as BASE+ADAPTER"
+                                               : ": the index of its shards is missing"));
+    }
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat(folder, " has no weights: neither ", kSingle, " nor ", kIndex));
+}
+
+class OpenedCheckpoint final : public Checkpoint {
+ public:
+  explicit OpenedCheckpoint(ModelRef ref) : ref_(std::move(ref)), name_(ref_.ToString()) {}
+
+  absl::Status Open() {
+    ASSIGN_OR_RETURN(Location location, Locate(ref_.path, ref_.revision));
+    store_ = std::move(location.store);
+    if (location.file.empty()) {
+      RETURN_IF_ERROR(OpenFolder());
+    } else {
+      RETURN_IF_ERROR(AddFile(location.file));
+    }
+    for (const auto& [tensor, stored] : tensors_) names_.push_back(tensor);
+    std::sort(names_.begin(), names_.end());
+    if (ref_.adapter.empty()) return absl::OkStatus();
+    return Annotate(OpenAdapter(), absl::StrCat("adapter ", ref_.adapter));
+  }
+
+  const ModelRef& ref() const override { return ref_; }
+  ObjectStore& store() const override { return *store_; }
+  bool raw() const override { return raw_; }
+  const std::string& config_json() const override { return config_json_; }
+  const std::vector<InputFile>& files() const override { return files_; }
+  const std::vector<std::string>& tensor_names() const override { return names_; }
+
+  const TensorInfo* Find(absl::string_view tensor) const override {
+    const auto found = tensors_.find(tensor);
+    return found == tensors_.end() ? nullptr : &found->second.info;
+  }
+
+  int FileOf(absl::string_view tensor) const override {
+    const auto found = tensors_.find(tensor);
+    return found == tensors_.end() ? -1 : found->second.file;
+  }
+
+  absl::StatusOr<std::shared_ptr<const TensorSource>> OpenTensor(absl::string_view tensor,
+                                                                 int file_base) const override {
+    const auto found = tensors_.find(tensor);
+    if (found == tensors_.end()) {
+      return absl::NotFoundError(
+          absl::StrCat("model ", name_, " has no tensor ", Printable(tensor)));
+    }
+    const StoredTensor& stored = found->second;
+    const InputFile& file = files_[stored.file];
+    std::shared_ptr<const TensorSource> source = std::make_shared<StoredSource>(
+        file.store, file.key, stored.info, absl::StrCat("model ", name_, ", tensor ", tensor),
+        file_base + stored.file);
+    if (!Adapted(tensor)) return source;
+    const int adapter_file = static_cast<int>(files_.size()) - 1;
+    return adapter_->Apply(tensor, std::move(source), file_base + adapter_file);
+  }
+
+  bool Adapted(absl::string_view tensor) const override {
+    return adapter_ != nullptr && adapter_->Changes(tensor);
+  }
+
+ private:
+  struct StoredTensor {
+    int file = 0;  // index into files_
+    TensorInfo info;
+  };
+
+  absl::Status OpenFolder() {
+    ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, store_->List(""));
+    raw_ = !Exists(*store_, kConfig);
+    if (!raw_) {
+      ASSIGN_OR_RETURN(config_json_, ReadText(*store_, kConfig, kMaxConfigBytes));
+    }
+    if (Exists(*store_, kIndex)) return OpenIndexed();
+    if (!raw_) {
+      return Exists(*store_, kSingle) ? AddFile(std::string(kSingle)) : NoWeights(*store_, entries);
+    }
+    for (const ObjectEntry& entry : entries) {
+      if (!absl::EndsWith(entry.key, kExtension) || absl::StrContains(entry.key, '/')) continue;
+      RETURN_IF_ERROR(AddFile(entry.key));
+    }
+    if (!files_.empty()) return absl::OkStatus();
+    return absl::NotFoundError(
+        absl::StrCat(store_->Describe(""),
+                     " is not a checkpoint: it has neither config.json nor .safetensors files"));
+  }
+
+  absl::Status OpenIndexed() {
+    const std::string index_file = store_->Describe(kIndex);
+    ASSIGN_OR_RETURN(const std::string text, ReadText(*store_, kIndex, kMaxIndexBytes));
+    const absl::StatusOr<ShardIndex> index = ParseShardIndex(text);
+    if (!index.ok()) return Annotate(index.status(), index_file);
+    std::map<std::string, int> shards;  // file -> index into files_
+    for (const auto& [tensor, file] : index->file_of) shards.emplace(file, 0);
+    for (auto& [file, number] : shards) {
+      number = static_cast<int>(files_.size());
+      const absl::Status added = AddFile(file);
+      if (absl::IsNotFound(added)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(index_file, " names a shard that is missing: ", added.message()));
+      }
+      RETURN_IF_ERROR(added);
+    }
+    for (const auto& [tensor, file] : index->file_of) {
+      const auto found = tensors_.find(tensor);
+      if (found == tensors_.end() || found->second.file != shards[file]) {
+        return absl::FailedPreconditionError(absl::StrCat(
+            index_file, ": tensor ", Printable(tensor), " is not in ", file,
+            found == tensors_.end() ? ""
+                                    : absl::StrCat(" but in ", files_[found->second.file].key)));
+      }
+    }
+    // Every indexed tensor was found, so a surplus is in the shards alone.
+    if (tensors_.size() == index->file_of.size()) return absl::OkStatus();
+    for (const auto& [tensor, stored] : tensors_) {
+      if (!index->file_of.contains(tensor)) {
+        return absl::FailedPreconditionError(absl::StrCat(files_[stored.file].Describe(),
+                                                          ": tensor ", Printable(tensor),
+                                                          " is not in the index ", kIndex));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status AddFile(const std::string& key) {
+    ASSIGN_OR_RETURN(const ObjectStat stat, store_->Stat(key));
+    ASSIGN_OR_RETURN(SafetensorsHeader header, ReadSafetensorsHeader(*store_, key, stat.size));
+    const int file = static_cast<int>(files_.size());
+    files_.push_back({.store = store_,
+                      .key = key,
+                      .stat = stat,
+                      .header_crc32c = header.crc32c,
+                      .data_begin = header.data_begin});
+    tensors_.reserve(tensors_.size() + header.tensors.size());
+    for (TensorInfo& info : header.tensors) {
+      std::string tensor = info.name;
+      const auto [entry, added] = tensors_.try_emplace(
+          std::move(tensor), StoredTensor{.file = file, .info = std::move(info)});
+      if (!added) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("tensor ", Printable(entry->first), " is in two files: ",
+                         files_[entry->second.file].Describe(), " and ", store_->Describe(key)));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenAdapter() {
+    ASSIGN_OR_RETURN(Location location, Locate(ref_.adapter, ref_.adapter_revision));
+    if (!location.file.empty()) {
+      return absl::FailedPreconditionError("an adapter is a folder with adapter_config.json");
+    }
+    ASSIGN_OR_RETURN(adapter_,
+                     LoraAdapter::Open(location.store, absl::StrCat("adapter ", ref_.adapter),
+                                       [&](absl::string_view tensor) { return Find(tensor); }));
+    files_.push_back(adapter_->file());
+    return absl::OkStatus();
+  }
+
+  const ModelRef ref_;
+  const std::string name_;
+  std::shared_ptr<ObjectStore> store_;
+  bool raw_ = true;
+  std::string config_json_;
+  std::vector<InputFile> files_;
+  absl::flat_hash_map<std::string, StoredTensor> tensors_;
+  std::vector<std::string> names_;
+  std::shared_ptr<const LoraAdapter> adapter_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const ModelRef& ref) {
+  auto checkpoint = std::make_shared<OpenedCheckpoint>(ref);
+  const absl::Status opened = checkpoint->Open();
+  if (!opened.ok()) return Annotate(opened, absl::StrCat("model ", ref.ToString()));
+  return checkpoint;
+}
+
+}  // namespace pewter

@@ -1,0 +1,22 @@
+// What the JSON library says about malformed text, as it appears in our messages.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "merge/checkpoint/printable.h"
+
+namespace pewter {
+
+// `what` is like "[json.exception.parse_error.101] parse error at ...": the bracket is noise, and
+// the rest may quote the text.
+inline std::string JsonErrorText(size_t position, absl::string_view what) {
+  if (const size_t end = what.find("] "); end != absl::string_view::npos) {
+    what.remove_prefix(end + 2);
+  }
+  return absl::StrCat("bad JSON at byte ", position, ": ", Printable(what));
+}
+
+}  // namespace pewter

@@ -1,0 +1,418 @@
+#include "merge/checkpoint/lora_adapter.h"
+
+#include <algorithm>
+#include <array>
+#include <list>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "absl/synchronization/mutex.h"
+#include "base/dtype_names.h"
+#include "base/status.h"
+#include "kernels/backend.h"
+#include "merge/checkpoint/lora_config.h"
+#include "merge/checkpoint/low_rank_product.h"
+#include "merge/checkpoint/printable.h"
+#include "merge/checkpoint/stored_source.h"
+
+namespace pewter {
+namespace {
+
+constexpr absl::string_view kConfig = "adapter_config.json";
+constexpr absl::string_view kWeights = "adapter_model.safetensors";
+constexpr int64_t kMaxConfigBytes = int64_t{256} << 10;
+
+// A model that was wrapped by a head or saved without it has or lacks one of these.
+constexpr absl::string_view kModelPrefixes[] = {
+    "model.",   "transformer.", "bert.", "roberta.",        "distilbert.", "electra.",
+    "deberta.", "gpt_neox.",    "vit.",  "language_model.", "base_model.",
+};
+
+enum class Role { kFactorA, kFactorB, kReplacement };
+
+// What a tensor of the adapter's file is, from its name.
+struct AdapterTensor {
+  Role role = Role::kReplacement;
+  std::string target;  // a module for factors, a tensor for replacements
+  bool embedding = false;
+};
+
+// Removes ".modules_to_save" or ".modules_to_save.ADAPTER", and ".base_layer".
+std::string PlainName(absl::string_view name) {
+  std::vector<absl::string_view> parts = absl::StrSplit(name, '.');
+  std::vector<absl::string_view> kept;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (parts[i] == "base_layer") continue;
+    if (parts[i] == "modules_to_save") {
+      if (i + 1 < parts.size() && parts[i + 1] == "default") ++i;
+      continue;
+    }
+    kept.push_back(parts[i]);
+  }
+  return absl::StrJoin(kept, ".");
+}
+
+absl::StatusOr<AdapterTensor> Classify(absl::string_view name) {
+  absl::ConsumePrefix(&name, "base_model.model.");
+  const size_t at = name.rfind(".lora_");
+  if (at == absl::string_view::npos) return AdapterTensor{.target = PlainName(name)};
+  // lora_A.weight, lora_A.default.weight, lora_embedding_A, lora_embedding_A.default
+  std::vector<absl::string_view> parts = absl::StrSplit(name.substr(at + 1), '.');
+  AdapterTensor tensor{.target = std::string(name.substr(0, at))};
+  const absl::string_view kind = parts.front();
+  tensor.embedding = absl::StartsWith(kind, "lora_embedding_");
+  tensor.role = absl::EndsWith(kind, "_A") ? Role::kFactorA : Role::kFactorB;
+  if (kind == "lora_magnitude_vector") {
+    return absl::FailedPreconditionError("DoRA (lora_magnitude_vector) is not supported");
+  }
+  const bool factor = kind == "lora_A" || kind == "lora_B" || kind == "lora_embedding_A" ||
+                      kind == "lora_embedding_B";
+  if (factor && parts.back() == "bias") {
+    return absl::FailedPreconditionError("a bias of the factor (lora_bias) is not supported");
+  }
+  if (!tensor.embedding && parts.size() > 1 && parts.back() == "weight") parts.pop_back();
+  if (!factor || parts.size() > 2) {
+    return absl::FailedPreconditionError("it is not a tensor of a LoRA adapter");
+  }
+  return tensor;
+}
+
+// The first of `name`, `name` with a prefix and `name` without one that the model has.
+const TensorInfo* Match(absl::string_view name,
+                        absl::FunctionRef<const TensorInfo*(absl::string_view)> find) {
+  if (const TensorInfo* info = find(name)) return info;
+  for (absl::string_view prefix : kModelPrefixes) {
+    if (const TensorInfo* info = find(absl::StrCat(prefix, name))) return info;
+    absl::string_view bare = name;
+    if (absl::ConsumePrefix(&bare, prefix)) {
+      if (const TensorInfo* info = find(bare)) return info;
+    }
+  }
+  return nullptr;
+}
+
+// Rows and columns of the tensor seen as a matrix.
+int64_t Columns(const Shape& shape) {
+  return shape.rank() == 0 || shape[0] == 0 ? 0 : shape.elements() / shape[0];
+}
+
+// Decides how the factors fit `weight`; the one orientation that fits wins, and the configuration
+// decides for a square matrix, as in PEFT.
+absl::StatusOr<LoraAdapter::LowRank> Fit(const TensorInfo& weight, const TensorInfo& a,
+                                         const TensorInfo& b, bool embedding, bool fan_in_fan_out,
+                                         int64_t rank, float scale) {
+  for (const TensorInfo* info : {&weight, &a, &b}) {
+    if (!IsFloat(info->dtype)) {
+      return absl::FailedPreconditionError(absl::StrCat("tensor ", Printable(info->name), " is ",
+                                                        SafetensorsName(info->dtype),
+                                                        "; LoRA needs floating types"));
+    }
+  }
+  const auto misfit = [&](absl::string_view what) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(what, ": tensor ", weight.shape.ToString(), ", A ", a.shape.ToString(), ", B ",
+                     b.shape.ToString(), ", rank ", rank, " by adapter_config.json"));
+  };
+  if (weight.shape.rank() < 2 || a.shape.rank() < 2 || b.shape.rank() < 2) {
+    return misfit("LoRA factors and the tensor they change must be matrices");
+  }
+  if (a.shape[0] != rank || b.shape[1] != rank || Columns(b.shape) != rank) {
+    return misfit("the factors do not have the rank that the configuration says");
+  }
+  // A convolution's A has the kernel's extents: [rank, in, h, w].
+  const bool direct = !embedding && b.shape[0] == weight.shape[0] &&
+                      a.shape.extents().subspan(1) == weight.shape.extents().subspan(1);
+  const bool transposed = weight.shape.rank() == 2 && a.shape.rank() == 2 &&
+                          a.shape[1] == weight.shape[0] && b.shape[0] == weight.shape[1];
+  if (!direct && !transposed) return misfit("the factors do not fit the tensor");
+  return LoraAdapter::LowRank{.a = a,
+                              .b = b,
+                              .rank = rank,
+                              .scale = scale,
+                              .transposed = transposed && (!direct || fan_in_fan_out)};
+}
+
+std::vector<float> Transposed(const std::vector<float>& matrix, int64_t rows) {
+  const int64_t columns = rows == 0 ? 0 : static_cast<int64_t>(matrix.size()) / rows;
+  std::vector<float> result(matrix.size());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = matrix[i * columns + j];
+  }
+  return result;
+}
+
+}  // namespace
+
+// Factors of the tensors read last. A view reads its factors when they are not in memory; as
+// tensors are read one after the other, in tiles, a small number of pairs is enough and memory
+// stays bounded whatever the adapter's size.
+class LoraAdapter::Factors {
+ public:
+  Factors(std::shared_ptr<ObjectStore> store, std::string key, std::string name)
+      : store_(std::move(store)), key_(std::move(key)), name_(std::move(name)) {}
+
+  absl::StatusOr<std::shared_ptr<const LowRankProduct>> Load(const LowRank& low_rank, int file,
+                                                             ReadObserver* observer) const {
+    ASSIGN_OR_RETURN(std::vector<float> a, ReadFloats(low_rank.a, file, observer));
+    ASSIGN_OR_RETURN(std::vector<float> b, ReadFloats(low_rank.b, file, observer));
+    if (low_rank.transposed) {
+      a = Transposed(a, low_rank.rank);
+      b = Transposed(b, low_rank.b.shape[0]);
+      std::swap(a, b);
+    }
+    return std::make_shared<const LowRankProduct>(std::move(b), a, low_rank.rank, low_rank.scale);
+  }
+
+  // Marks `product` as the one used last and lets the oldest ones go.
+  void Keep(std::shared_ptr<const LowRankProduct> product) {
+    absl::MutexLock lock(&mutex_);
+    if (!kept_.empty() && kept_.front() == product) return;
+    const auto found = std::find(kept_.begin(), kept_.end(), product);
+    if (found != kept_.end()) {
+      kept_.splice(kept_.begin(), kept_, found);
+      return;
+    }
+    bytes_ += product->bytes();
+    kept_.push_front(std::move(product));
+    while (bytes_ > kLimit && kept_.size() > 1) {
+      bytes_ -= kept_.back()->bytes();
+      kept_.pop_back();
+    }
+  }
+
+ private:
+  static constexpr int64_t kLimit = int64_t{16} << 20;
+
+  absl::StatusOr<std::vector<float>> ReadFloats(const TensorInfo& info, int file,
+                                                ReadObserver* observer) const {
+    const auto source =
+        CastSource(std::make_shared<StoredSource>(
+                       store_, key_, info, absl::StrCat(name_, ", tensor ", info.name), file),
+                   DType::kF32);
+    std::vector<float> values(info.shape.elements());
+    RETURN_IF_ERROR(source->Read(
+        0, info.shape.elements(),
+        absl::MakeSpan(reinterpret_cast<std::byte*>(values.data()), values.size() * sizeof(float)),
+        observer));
+    return values;
+  }
+
+  const std::shared_ptr<ObjectStore> store_;
+  const std::string key_;
+  const std::string name_;
+  absl::Mutex mutex_;
+  std::list<std::shared_ptr<const LowRankProduct>> kept_ ABSL_GUARDED_BY(mutex_);  // newest first
+  int64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+class LoraAdapter::View final : public TensorSource {
+ public:
+  View(std::shared_ptr<const TensorSource> stored, const LowRank& low_rank,
+       std::shared_ptr<Factors> factors, int file)
+      : stored_(std::move(stored)),
+        low_rank_(low_rank),
+        factors_(std::move(factors)),
+        file_(file) {}
+
+  DType dtype() const override { return stored_->dtype(); }
+  const Shape& shape() const override { return stored_->shape(); }
+  const std::string& name() const override { return stored_->name(); }
+  int64_t resident_bytes() const override {
+    return stored_->resident_bytes() +
+           LowRankProduct::Bytes(shape()[0], low_rank_.rank, Columns(shape()));
+  }
+
+  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                    ReadObserver* observer) const override {
+    RETURN_IF_ERROR(stored_->Read(first, count, out, observer));
+    if (count == 0) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const std::shared_ptr<const LowRankProduct> product, Product(observer));
+    // Runs end at ends of rows, in groups of four, where rows are not too long for that.
+    const int64_t columns = Columns(shape());
+    const int64_t four_rows = 4 * columns;
+    const int64_t run = four_rows <= kRun ? kRun / four_rows * four_rows : kRun;
+    const auto delta = std::make_unique_for_overwrite<float[]>(std::min(run, count));
+    while (count > 0) {
+      const int64_t into_row = first % columns;
+      const int64_t elements = std::min({count, run, into_row == 0 ? run : columns - into_row});
+      product->Compute(first, elements, delta.get());
+      AddDelta(delta.get(), elements, out.data());
+      out.remove_prefix(elements * ByteWidth(dtype()));
+      first += elements;
+      count -= elements;
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  static constexpr int64_t kRun = int64_t{128} << 10;
+
+  absl::StatusOr<std::shared_ptr<const LowRankProduct>> Product(ReadObserver* observer) const {
+    absl::MutexLock lock(&mutex_);  // also makes concurrent readers of a tensor wait for one load
+    std::shared_ptr<const LowRankProduct> product = product_.lock();
+    if (product == nullptr) {
+      ASSIGN_OR_RETURN(product, factors_->Load(low_rank_, file_, observer));
+      product_ = product;
+    }
+    factors_->Keep(product);
+    return product;
+  }
+
+  // target[i] = round(float32(target[i]) + delta[i]); F64 adds in double.
+  void AddDelta(const float* delta, int64_t count, std::byte* target) const {
+    if (dtype() == DType::kF64) return Add<double>(delta, count, target);
+    if (dtype() == DType::kF32) return Add<float>(delta, count, target);
+    std::array<float, 4096> values;
+    const int64_t width = ByteWidth(dtype());
+    for (int64_t done = 0; done < count; done += static_cast<int64_t>(values.size())) {
+      const int64_t elements = std::min<int64_t>(values.size(), count - done);
+      std::byte* place = target + done * width;
+      kernels::Convert({.data = place, .dtype = dtype(), .size = elements},
+                       {.data = values.data(), .dtype = DType::kF32, .size = elements});
+      for (int64_t i = 0; i < elements; ++i) values[i] += delta[done + i];
+      kernels::Convert({.data = values.data(), .dtype = DType::kF32, .size = elements},
+                       {.data = place, .dtype = dtype(), .size = elements});
+    }
+  }
+
+  template <typename T>
+  static void Add(const float* delta, int64_t count, std::byte* target) {
+    for (int64_t i = 0; i < count; ++i) {  // memcpy: a tile may lie at any address
+      T value;
+      std::memcpy(&value, target + i * sizeof(T), sizeof(T));
+      value += delta[i];
+      std::memcpy(target + i * sizeof(T), &value, sizeof(T));
+    }
+  }
+
+  const std::shared_ptr<const TensorSource> stored_;
+  const LowRank low_rank_;
+  const std::shared_ptr<Factors> factors_;
+  const int file_;
+  mutable absl::Mutex mutex_;
+  mutable std::weak_ptr<const LowRankProduct> product_ ABSL_GUARDED_BY(mutex_);
+};
+
+absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
+    std::shared_ptr<ObjectStore> store, std::string name,
+    absl::FunctionRef<const TensorInfo*(absl::string_view)> find) {
+  const absl::StatusOr<std::string> config_text = ReadText(*store, kConfig, kMaxConfigBytes);
+  if (absl::IsNotFound(config_text.status())) {
+    return absl::NotFoundError(
+        absl::StrCat("it is not a LoRA adapter: there is no ", store->Describe(kConfig)));
+  }
+  RETURN_IF_ERROR(config_text.status());
+  const absl::StatusOr<LoraConfig> config = LoraConfig::Parse(*config_text);
+  if (!config.ok()) return Annotate(config.status(), store->Describe(kConfig));
+
+  std::shared_ptr<LoraAdapter> adapter(new LoraAdapter);
+  const absl::StatusOr<ObjectStat> stat = store->Stat(kWeights);
+  if (absl::IsNotFound(stat.status()) && store->Stat("adapter_model.bin").ok()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(store->Describe("adapter_model.bin"),
+                     " is a pickle, which is not read; convert the adapter to safetensors"));
+  }
+  RETURN_IF_ERROR(stat.status());
+  ASSIGN_OR_RETURN(const SafetensorsHeader header,
+                   ReadSafetensorsHeader(*store, kWeights, stat->size));
+  adapter->file_ = {.store = store,
+                    .key = std::string(kWeights),
+                    .stat = *stat,
+                    .header_crc32c = header.crc32c,
+                    .data_begin = header.data_begin};
+  adapter->factors_ = std::make_shared<Factors>(store, std::string(kWeights), std::move(name));
+  const std::string file = store->Describe(kWeights);
+
+  struct Pair {
+    const TensorInfo* a = nullptr;
+    const TensorInfo* b = nullptr;
+    bool embedding = false;
+  };
+  std::map<std::string, Pair> pairs;  // by module
+  for (const TensorInfo& tensor : header.tensors) {
+    const std::string where = absl::StrCat(file, ", tensor ", Printable(tensor.name));
+    const absl::StatusOr<AdapterTensor> classified = Classify(tensor.name);
+    if (!classified.ok()) return Annotate(classified.status(), where);
+    if (classified->role == Role::kReplacement) {
+      const TensorInfo* target = Match(classified->target, find);
+      if (target == nullptr) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(where, ": the model has no tensor ", Printable(classified->target)));
+      }
+      if (!(target->shape == tensor.shape)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(where, " replaces ", Printable(target->name), " of shape ",
+                         target->shape.ToString(), " but has shape ", tensor.shape.ToString()));
+      }
+      if (target->dtype != tensor.dtype && !(IsFloat(target->dtype) && IsFloat(tensor.dtype))) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(where, " is ", SafetensorsName(tensor.dtype), " and replaces ",
+                         SafetensorsName(target->dtype), "; only floating types are converted"));
+      }
+      Change& change = adapter->changes_[target->name];
+      if (std::exchange(change.has_replacement, true)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(where, ": another tensor replaces ", Printable(target->name), " too"));
+      }
+      change.replacement = tensor;
+      continue;
+    }
+    Pair& pair = pairs[classified->target];
+    pair.embedding = classified->embedding;
+    const TensorInfo*& factor = classified->role == Role::kFactorA ? pair.a : pair.b;
+    if (factor != nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, ": module ", Printable(classified->target),
+                       " has this factor twice; several adapters in one file are not supported"));
+    }
+    factor = &tensor;
+  }
+  for (const auto& [module, pair] : pairs) {
+    const std::string where = absl::StrCat(file, ", module ", Printable(module));
+    if (pair.a == nullptr || pair.b == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, " has no ", pair.embedding ? "lora_embedding_" : "lora_",
+                       pair.a == nullptr ? "A" : "B", " factor"));
+    }
+    const TensorInfo* target = Match(absl::StrCat(module, ".weight"), find);
+    if (target == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(where, ": the model has no tensor ",
+                                                        Printable(absl::StrCat(module, ".weight")),
+                                                        "; is this the adapter's base model?"));
+    }
+    absl::StatusOr<LowRank> low_rank =
+        Fit(*target, *pair.a, *pair.b, pair.embedding, config->fan_in_fan_out(),
+            config->Rank(module), config->Scale(module));
+    if (!low_rank.ok()) return Annotate(low_rank.status(), where);
+    Change& change = adapter->changes_[target->name];
+    if (std::exchange(change.has_low_rank, true)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, ": another module changes tensor ", Printable(target->name), " too"));
+    }
+    change.low_rank = *std::move(low_rank);
+  }
+  if (adapter->changes_.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(file, " has no tensors"));
+  }
+  return adapter;
+}
+
+std::shared_ptr<const TensorSource> LoraAdapter::Apply(absl::string_view tensor,
+                                                       std::shared_ptr<const TensorSource> stored,
+                                                       int file) const {
+  const Change& change = changes_.find(tensor)->second;
+  if (change.has_replacement) {
+    const DType dtype = stored->dtype();
+    stored = CastSource(std::make_shared<StoredSource>(file_.store, file_.key, change.replacement,
+                                                       stored->name(), file),
+                        dtype);
+  }
+  if (!change.has_low_rank) return stored;
+  return std::make_shared<View>(std::move(stored), change.low_rank, factors_, file);
+}
+
+}  // namespace pewter

@@ -1,0 +1,72 @@
+// LoraAdapter: a PEFT LoRA adapter, opened against the tensors of a model.
+//
+//   adapter_config.json           peft_type, r, lora_alpha, use_rslora, rank_pattern, ...
+//   adapter_model.safetensors     base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight
+//                                 [out, r], .lora_embedding_A [r, tokens], .lora_embedding_B [dim,
+//                                 r], base_model.model.TENSOR: replaces the model's
+//                                 (modules_to_save, bias)
+//
+// The adapted tensor is W + alpha / r * B A (alpha / sqrt(r) with use_rslora), transposed where W
+// is stored [in, out] (fan_in_fan_out, embeddings). A feature that changes this formula and is not
+// supported (DoRA, ...) is FailedPrecondition that names it. Immutable once opened; views may be
+// read from any thread and keep the adapter alive.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "merge/checkpoint/checkpoint.h"
+#include "merge/checkpoint/safetensors.h"
+#include "merge/checkpoint/tensor_source.h"
+#include "store/object_store.h"
+
+namespace pewter {
+
+class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
+ public:
+  // `find` gives the model's tensors (null when there is no such tensor). `name` is for messages.
+  static absl::StatusOr<std::shared_ptr<const LoraAdapter>> Open(
+      std::shared_ptr<ObjectStore> store, std::string name,
+      absl::FunctionRef<const TensorInfo*(absl::string_view)> find);
+
+  const InputFile& file() const { return file_; }
+  bool Changes(absl::string_view tensor) const { return changes_.contains(tensor); }
+  // A view of `stored`, which is the model's tensor that Changes() is true for. `file` is the index
+  // of the adapter's file for a ReadObserver.
+  std::shared_ptr<const TensorSource> Apply(absl::string_view tensor,
+                                            std::shared_ptr<const TensorSource> stored,
+                                            int file) const;
+
+  // A pair of factors: delta = scale * L R with L [rows, rank], R [rank, cols].
+  struct LowRank {
+    TensorInfo a;  // [rank, in]
+    TensorInfo b;  // [out, rank]
+    int64_t rank = 0;
+    float scale = 0;
+    bool transposed = false;  // L = A^T, R = B^T; else L = B, R = A
+  };
+
+ private:
+  struct Change {
+    bool has_replacement = false;
+    TensorInfo replacement;
+    bool has_low_rank = false;
+    LowRank low_rank;
+  };
+  class View;
+  class Factors;
+
+  LoraAdapter() = default;
+
+  std::string name_;
+  InputFile file_;
+  absl::flat_hash_map<std::string, Change> changes_;  // by the model's tensor
+  std::shared_ptr<Factors> factors_;
+};
+
+}  // namespace pewter
