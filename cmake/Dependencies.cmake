@@ -8,6 +8,8 @@ pkg_check_modules(re2 REQUIRED IMPORTED_TARGET re2)
 find_package(yaml-cpp 0.7 REQUIRED)
 find_package(nlohmann_json 3.11 REQUIRED)
 if(PEWTER_SERVER)
+  # gRPC does not look for what is found already, but wants it by this name.
+  add_library(re2::re2 ALIAS PkgConfig::re2)
   find_package(Protobuf 3.21 REQUIRED)
   find_package(gRPC 1.51 CONFIG REQUIRED)
   find_package(SQLite3 3.40 REQUIRED)
