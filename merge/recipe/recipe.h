@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -18,10 +19,12 @@
 
 namespace pewter {
 
-// 1-based; 0 when unknown (for example a value set from the command line).
+// 1-based; 0 for a value that was set from the command line.
 struct TextPosition {
   int line = 0;
   int column = 0;
+  // "recipe:12:7", or "--set".
+  std::string ToString() const;
 };
 
 // PATH[@REVISION][+ADAPTER[@REVISION]], or the mapping form.
@@ -39,6 +42,9 @@ struct ModelRef {
     return a.ToString() == b.ToString();
   }
 };
+// The string form. InvalidArgument when it has more than one '+', more than one '@' in a part, or
+// an empty part.
+absl::StatusOr<ModelRef> ParseModelRef(absl::string_view text);
 
 using ParamScalar = std::variant<bool, int64_t, double, std::string>;
 
@@ -50,7 +56,8 @@ struct ParamCase {
   bool gradient = false;  // written as a list
   TextPosition at;
 };
-// Tried in order; the first whose filter matches counts.
+// Tried in order; the first whose filter matches counts. An empty gradient list says nothing: the
+// next scope is asked.
 struct ParamSetting {
   std::vector<ParamCase> cases;
   TextPosition at;
@@ -72,6 +79,8 @@ struct RecipeSlice {
 
 // One component of a model ("default" where there is one only).
 struct RecipeModule {
+  std::string name;
+  TextPosition at;
   std::vector<RecipeSlice> slices;  // `models:` is one slice whose sources have no layer_range
   bool from_models = false;         // written as `models:`
   ParamScope parameters;
@@ -79,21 +88,25 @@ struct RecipeModule {
 
 struct Recipe {
   std::string text;  // verbatim
+  std::vector<std::pair<std::string, std::string>> overrides;  // applied to it
   std::string merge_method;
   TextPosition merge_method_at;
-  std::map<std::string, RecipeModule> modules;
-  bool has_modules_key = false;  // written as `modules:`; else the one module is "default"
+  std::vector<RecipeModule> modules;  // in the order written
+  bool has_modules_key = false;       // written as `modules:`; else the one module is "default"
   std::optional<ModelRef> base_model;
   std::optional<DType> dtype;
   std::optional<DType> out_dtype;
   ParamScope parameters;
-  std::optional<std::string> tokenizer_source;  // "base", "union", or a model reference
-  TextPosition tokenizer_source_at;
+  // Whose tokenizer the output takes: base_model's, or that of `tokenizer_model`.
+  bool tokenizer_from_base = false;
+  std::optional<ModelRef> tokenizer_model;
+  TextPosition tokenizer_at;
   std::vector<std::string> warnings;
 };
 
-// `overrides` are --set key=value: a dotted path ("parameters.t", "dtype") and a YAML value,
-// applied to the parsed text. InvalidArgument names line and column: "recipe:12:7: ...".
+// `overrides` are --set key=value: a dotted path ("parameters.t", "dtype", "models.0.model") and a
+// YAML value, applied to the parsed text. InvalidArgument names line and column: "recipe:12:7:
+// ...". Hostile text is refused: more than 1 MiB, deep nesting, aliases that multiply.
 absl::StatusOr<Recipe> ParseRecipe(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides = {});
 

@@ -1,0 +1,11 @@
+# Sets architecture_table to a source file that holds every JSON file of this folder.
+file(GLOB architecture_files CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.json)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${architecture_files})
+set(entries "")
+foreach(path ${architecture_files})
+  get_filename_component(name ${path} NAME)
+  file(READ ${path} json)
+  string(APPEND entries "    {\"${name}\", R\"json(${json})json\"},\n")
+endforeach()
+set(architecture_table ${CMAKE_CURRENT_BINARY_DIR}/architecture_table.cc)
+configure_file(${CMAKE_CURRENT_LIST_DIR}/table.cc.in ${architecture_table} @ONLY)

@@ -1,0 +1,492 @@
+#include "merge/recipe/recipe.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "absl/types/span.h"
+#include "base/dtype_names.h"
+#include "base/nearest.h"
+#include "base/status.h"
+#include "merge/recipe/yaml.h"
+
+namespace pewter {
+namespace {
+
+using Kind = YamlNode::Kind;
+
+bool IsNull(const YamlNode* node) { return node == nullptr || node->kind == Kind::kNull; }
+
+absl::Status Expected(const YamlNode& node, absl::string_view what, absl::string_view expected) {
+  return RecipeError(node.at, absl::StrCat(what, " must be ", expected, ", not ", node.Describe()));
+}
+
+// One key that a mapping may have.
+struct Key {
+  const char* name;
+  // Not null: known, but a recipe that uses it is refused, with this reason.
+  const char* refused = nullptr;
+};
+
+class RecipeReader {
+ public:
+  explicit RecipeReader(Recipe& recipe) : recipe_(recipe) {}
+
+  absl::Status Read(const YamlNode& root) {
+    constexpr const char* kLater = "is not supported by this version of Pewter";
+    static constexpr Key kKeys[] = {
+        {"merge_method"},
+        {"models"},
+        {"slices"},
+        {"modules"},
+        {"base_model"},
+        {"dtype"},
+        {"out_dtype"},
+        {"parameters"},
+        {"tokenizer_source"},
+        {"tokenizer"},
+        {"chat_template", kLater},
+        {"align", kLater},
+        {"calibration", kLater},
+        {"statistics", kLater},
+        {"evaluate", kLater},
+        {"output",
+         "is not supported by this version of Pewter; shard size is an option of the "
+         "command (--shard-size)"},
+        {"arithmetic", kLater},
+    };
+    if (root.kind != Kind::kMapping) {
+      return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
+    }
+    RETURN_IF_ERROR(CheckKeys(root, "the recipe", kKeys));
+
+    const YamlNode* method = root.Find("merge_method");
+    if (IsNull(method)) {
+      return RecipeError(root.at, "`merge_method` is missing; `pewter methods` lists the methods");
+    }
+    ASSIGN_OR_RETURN(recipe_.merge_method, Text(*method, "merge_method"));
+    recipe_.merge_method_at = method->at;
+    RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
+    RETURN_IF_ERROR(ReadDType(root, "dtype", recipe_.dtype));
+    RETURN_IF_ERROR(ReadDType(root, "out_dtype", recipe_.out_dtype));
+    RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
+    RETURN_IF_ERROR(ReadTokenizer(root));
+    return ReadInputs(root);
+  }
+
+ private:
+  // Refuses keys that are known and not supported; warns of unknown ones, which mergekit ignores.
+  absl::Status CheckKeys(const YamlNode& mapping, absl::string_view where,
+                         absl::Span<const Key> keys) {
+    std::vector<std::string> names;
+    for (const Key& key : keys) names.emplace_back(key.name);
+    for (const YamlNode::Entry& entry : mapping.entries) {
+      const auto key = std::find_if(keys.begin(), keys.end(),
+                                    [&](const Key& k) { return entry.key->text == k.name; });
+      if (key == keys.end()) {
+        recipe_.warnings.push_back(
+            absl::StrCat(entry.key->at.ToString(), ": key ", entry.key->Describe(), " of ", where,
+                         " means nothing and is ignored", DidYouMean(entry.key->text, names)));
+      } else if (key->refused != nullptr && !IsNull(entry.value)) {
+        return RecipeError(entry.key->at, absl::StrCat("`", key->name, "` ", key->refused));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::StatusOr<std::string> Text(const YamlNode& node, absl::string_view what) {
+    if (node.kind != Kind::kScalar || node.text.empty()) {
+      return Expected(node, absl::StrCat("`", what, "`"), "text");
+    }
+    return node.text;
+  }
+
+  static absl::Status ReadDType(const YamlNode& root, absl::string_view key,
+                                std::optional<DType>& dtype) {
+    const YamlNode* node = root.Find(key);
+    if (IsNull(node)) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const std::string name, Text(*node, key));
+    const auto parsed = DTypeFromTorch(name);
+    const bool supported = parsed.ok() && (*parsed == DType::kF64 || *parsed == DType::kF32 ||
+                                           *parsed == DType::kF16 || *parsed == DType::kBF16);
+    if (!supported) {
+      return Expected(*node, absl::StrCat("`", key, "`"), "float64, float32, float16 or bfloat16");
+    }
+    dtype = *parsed;
+    return absl::OkStatus();
+  }
+
+  // {path, revision}, or text.
+  absl::Status ReadModelPath(const YamlNode& node, absl::string_view what, std::string& path,
+                             std::string& revision) {
+    if (node.kind == Kind::kScalar) {
+      ASSIGN_OR_RETURN(const ModelRef ref, ModelFromText(node, what));
+      if (!ref.adapter.empty()) {
+        return Expected(node, what, "one path here; the adapter is its own key, `lora`");
+      }
+      path = ref.path;
+      revision = ref.revision;
+      return absl::OkStatus();
+    }
+    if (node.kind != Kind::kMapping) return Expected(node, what, "a path or {path, revision}");
+    static constexpr Key kKeys[] = {{"path"}, {"revision"}};
+    RETURN_IF_ERROR(CheckKeys(node, what, kKeys));
+    const YamlNode* path_node = node.Find("path");
+    if (IsNull(path_node)) return RecipeError(node.at, absl::StrCat(what, " has no `path`"));
+    ASSIGN_OR_RETURN(path, Text(*path_node, "path"));
+    if (const YamlNode* revision_node = node.Find("revision"); !IsNull(revision_node)) {
+      ASSIGN_OR_RETURN(revision, Text(*revision_node, "revision"));
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::StatusOr<ModelRef> ModelFromText(const YamlNode& node, absl::string_view what) {
+    if (node.text.empty()) return Expected(node, what, "a path");
+    auto ref = ParseModelRef(node.text);
+    if (!ref.ok()) return RecipeError(node.at, ref.status().message());
+    ref->at = node.at;
+    return ref;
+  }
+
+  absl::StatusOr<ModelRef> ReadModel(const YamlNode& node, absl::string_view what) {
+    if (node.kind == Kind::kScalar) return ModelFromText(node, what);
+    if (node.kind != Kind::kMapping) {
+      return Expected(node, what, "PATH[@REVISION][+ADAPTER] or a mapping with `model`");
+    }
+    static constexpr Key kKeys[] = {{"model"}, {"lora"}, {"override_architecture"}};
+    RETURN_IF_ERROR(CheckKeys(node, what, kKeys));
+    const YamlNode* model = node.Find("model");
+    if (IsNull(model)) return RecipeError(node.at, absl::StrCat(what, " has no `model`"));
+    ModelRef ref;
+    ref.at = node.at;
+    RETURN_IF_ERROR(ReadModelPath(*model, what, ref.path, ref.revision));
+    if (const YamlNode* lora = node.Find("lora"); !IsNull(lora)) {
+      RETURN_IF_ERROR(ReadModelPath(*lora, "`lora`", ref.adapter, ref.adapter_revision));
+    }
+    if (const YamlNode* name = node.Find("override_architecture"); !IsNull(name)) {
+      ASSIGN_OR_RETURN(ref.override_architecture, Text(*name, "override_architecture"));
+    }
+    return ref;
+  }
+
+  absl::Status ReadOptionalModel(const YamlNode& mapping, absl::string_view key,
+                                 std::optional<ModelRef>& model) {
+    const YamlNode* node = mapping.Find(key);
+    if (IsNull(node)) return absl::OkStatus();
+    ASSIGN_OR_RETURN(model, ReadModel(*node, absl::StrCat("`", key, "`")));
+    return absl::OkStatus();
+  }
+
+  static absl::StatusOr<ParamScalar> ReadScalar(const YamlNode& node, absl::string_view param) {
+    if (node.kind != Kind::kScalar) {
+      return Expected(node, absl::StrCat("parameter `", param, "`"),
+                      "a number, true or false, text, a list of them, or {filter, value}");
+    }
+    if (const auto flag = YamlBool(node)) return ParamScalar(*flag);
+    if (const auto number = YamlInt(node)) return ParamScalar(*number);
+    if (const auto number = YamlFloat(node)) {
+      if (!std::isfinite(*number)) {
+        return Expected(node, absl::StrCat("parameter `", param, "`"), "finite");
+      }
+      return ParamScalar(*number);
+    }
+    return ParamScalar(node.text);
+  }
+
+  // A scalar or a gradient.
+  static absl::StatusOr<ParamCase> ReadValue(const YamlNode& node, absl::string_view param) {
+    ParamCase result;
+    result.at = node.at;
+    if (node.kind != Kind::kSequence) {
+      ASSIGN_OR_RETURN(ParamScalar scalar, ReadScalar(node, param));
+      result.values.push_back(std::move(scalar));
+      return result;
+    }
+    result.gradient = true;
+    for (const YamlNode* item : node.items) {
+      ASSIGN_OR_RETURN(ParamScalar scalar, ReadScalar(*item, param));
+      result.values.push_back(std::move(scalar));
+    }
+    return result;
+  }
+
+  absl::StatusOr<ParamCase> ReadConditional(const YamlNode& node, absl::string_view param) {
+    if (node.kind != Kind::kMapping) {
+      return Expected(node, absl::StrCat("parameter `", param, "`"),
+                      "a list of {filter, value} here, as its first item is");
+    }
+    static constexpr Key kKeys[] = {{"filter"}, {"value"}};
+    RETURN_IF_ERROR(CheckKeys(node, absl::StrCat("parameter `", param, "`"), kKeys));
+    const YamlNode* value = node.Find("value");
+    if (value == nullptr) {
+      return RecipeError(node.at, absl::StrCat("parameter `", param, "` has no `value`"));
+    }
+    ASSIGN_OR_RETURN(ParamCase result, ReadValue(*value, param));
+    if (const YamlNode* filter = node.Find("filter"); !IsNull(filter)) {
+      ASSIGN_OR_RETURN(result.filter, Text(*filter, "filter"));
+    }
+    return result;
+  }
+
+  absl::StatusOr<ParamSetting> ReadSetting(const YamlNode& node, absl::string_view param) {
+    ParamSetting setting;
+    setting.at = node.at;
+    if (node.kind == Kind::kMapping) {
+      ASSIGN_OR_RETURN(ParamCase only, ReadConditional(node, param));
+      setting.cases.push_back(std::move(only));
+    } else if (node.kind == Kind::kSequence && !node.items.empty() &&
+               node.items[0]->kind == Kind::kMapping) {
+      for (const YamlNode* item : node.items) {
+        ASSIGN_OR_RETURN(ParamCase one, ReadConditional(*item, param));
+        setting.cases.push_back(std::move(one));
+      }
+    } else {
+      ASSIGN_OR_RETURN(ParamCase only, ReadValue(node, param));
+      setting.cases.push_back(std::move(only));
+    }
+    return setting;
+  }
+
+  absl::Status ReadParameters(const YamlNode& mapping, ParamScope& scope) {
+    const YamlNode* parameters = mapping.Find("parameters");
+    if (IsNull(parameters)) return absl::OkStatus();
+    if (parameters->kind != Kind::kMapping) {
+      return Expected(*parameters, "`parameters`", "a mapping of parameter names to values");
+    }
+    for (const YamlNode::Entry& entry : parameters->entries) {
+      ASSIGN_OR_RETURN(scope[entry.key->text], ReadSetting(*entry.value, entry.key->text));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadTokenizer(const YamlNode& root) {
+    const YamlNode* legacy = root.Find("tokenizer_source");
+    const YamlNode* tokenizer = root.Find("tokenizer");
+    if (IsNull(legacy) && IsNull(tokenizer)) return absl::OkStatus();
+    if (!IsNull(legacy) && !IsNull(tokenizer)) {
+      return RecipeError(tokenizer->at, absl::StrCat("both `tokenizer` and `tokenizer_source` (",
+                                                     legacy->at.ToString(), "); give one of them"));
+    }
+    const YamlNode* source = legacy;
+    if (IsNull(legacy)) {
+      static constexpr Key kKeys[] = {
+          {"source"},
+          {"tokens", "is not supported by this version of Pewter"},
+          {"pad_to_multiple_of", "is not supported by this version of Pewter"}};
+      if (tokenizer->kind != Kind::kMapping) {
+        return Expected(*tokenizer, "`tokenizer`", "a mapping with `source`");
+      }
+      RETURN_IF_ERROR(CheckKeys(*tokenizer, "`tokenizer`", kKeys));
+      source = tokenizer->Find("source");
+    }
+    const TextPosition at = source == nullptr ? tokenizer->at : source->at;
+    if (IsNull(source) || (source->kind == Kind::kScalar && source->text == "union")) {
+      return RecipeError(at,
+                         "a tokenizer source of \"union\" (the default of `tokenizer`) is not "
+                         "supported by this version of Pewter; name \"base\" or one of the models");
+    }
+    recipe_.tokenizer_at = at;
+    if (source->kind == Kind::kScalar && source->text == "base") {
+      recipe_.tokenizer_from_base = true;
+      return absl::OkStatus();
+    }
+    ASSIGN_OR_RETURN(recipe_.tokenizer_model, ReadModel(*source, "the tokenizer's source"));
+    return absl::OkStatus();
+  }
+
+  // The list below `key`; null when it is absent or empty.
+  static absl::StatusOr<const YamlNode*> List(const YamlNode& mapping, absl::string_view key) {
+    const YamlNode* node = mapping.Find(key);
+    if (IsNull(node)) return nullptr;
+    if (node->kind != Kind::kSequence)
+      return Expected(*node, absl::StrCat("`", key, "`"), "a list");
+    return node->items.empty() ? nullptr : node;
+  }
+
+  absl::StatusOr<RecipeSource> ReadSource(const YamlNode& node, bool sliced) {
+    static constexpr Key kModelKeys[] = {{"model"}, {"parameters"}};
+    static constexpr Key kSourceKeys[] = {{"model"}, {"layer_range"}, {"parameters"}};
+    const absl::string_view where = sliced ? "an entry of `sources`" : "an entry of `models`";
+    if (node.kind != Kind::kMapping) return Expected(node, where, "a mapping with `model`");
+    RETURN_IF_ERROR(
+        CheckKeys(node, where,
+                  sliced ? absl::Span<const Key>(kSourceKeys) : absl::Span<const Key>(kModelKeys)));
+    const YamlNode* model = node.Find("model");
+    if (IsNull(model)) return RecipeError(node.at, absl::StrCat(where, " has no `model`"));
+    RecipeSource source;
+    ASSIGN_OR_RETURN(source.model, ReadModel(*model, "`model`"));
+    RETURN_IF_ERROR(ReadParameters(node, source.parameters));
+    if (!sliced) return source;
+
+    const YamlNode* range = node.Find("layer_range");
+    if (IsNull(range)) {
+      return RecipeError(node.at, absl::StrCat(where, " has no `layer_range: [FIRST, END]`"));
+    }
+    std::optional<int64_t> first;
+    std::optional<int64_t> end;
+    if (range->kind == Kind::kSequence && range->items.size() == 2) {
+      first = YamlInt(*range->items[0]);
+      end = YamlInt(*range->items[1]);
+    }
+    if (!first || !end) {
+      return Expected(*range, "`layer_range`", "two whole numbers, [FIRST, END)");
+    }
+    if (*first < 0 || *end <= *first) {
+      return RecipeError(range->at, absl::StrCat("layer_range [", *first, ", ", *end,
+                                                 "] has no layers; it runs from FIRST up to, not "
+                                                 "including, END"));
+    }
+    source.layer_range = {*first, *end};
+    return source;
+  }
+
+  absl::StatusOr<RecipeSlice> ReadSlice(const YamlNode& node) {
+    static constexpr Key kKeys[] = {{"sources"}, {"base_model"}, {"parameters"}};
+    if (node.kind != Kind::kMapping) {
+      return Expected(node, "an entry of `slices`", "a mapping with `sources`");
+    }
+    RETURN_IF_ERROR(CheckKeys(node, "an entry of `slices`", kKeys));
+    RecipeSlice slice;
+    slice.at = node.at;
+    RETURN_IF_ERROR(ReadOptionalModel(node, "base_model", slice.base_model));
+    RETURN_IF_ERROR(ReadParameters(node, slice.parameters));
+    ASSIGN_OR_RETURN(const YamlNode* sources, List(node, "sources"));
+    if (sources == nullptr) return RecipeError(node.at, "a slice without `sources`");
+    for (const YamlNode* item : sources->items) {
+      ASSIGN_OR_RETURN(RecipeSource source, ReadSource(*item, /*sliced=*/true));
+      slice.sources.push_back(std::move(source));
+    }
+    return slice;
+  }
+
+  // `models` or `slices` of the recipe or of a module.
+  absl::StatusOr<RecipeModule> ReadModule(const YamlNode& models, bool from_models) {
+    RecipeModule module;
+    module.at = models.at;
+    module.from_models = from_models;
+    if (from_models) {
+      RecipeSlice slice;
+      slice.at = models.at;
+      for (const YamlNode* item : models.items) {
+        ASSIGN_OR_RETURN(RecipeSource source, ReadSource(*item, /*sliced=*/false));
+        slice.sources.push_back(std::move(source));
+      }
+      module.slices.push_back(std::move(slice));
+      return module;
+    }
+    for (const YamlNode* item : models.items) {
+      ASSIGN_OR_RETURN(RecipeSlice slice, ReadSlice(*item));
+      module.slices.push_back(std::move(slice));
+    }
+    return module;
+  }
+
+  absl::Status ReadInputs(const YamlNode& root) {
+    ASSIGN_OR_RETURN(const YamlNode* models, List(root, "models"));
+    ASSIGN_OR_RETURN(const YamlNode* slices, List(root, "slices"));
+    const YamlNode* modules = root.Find("modules");
+    if (IsNull(modules)) {
+      modules = nullptr;
+    } else if (modules->kind != Kind::kMapping) {
+      return Expected(*modules, "`modules`", "a mapping of component names");
+    } else if (modules->entries.empty()) {
+      modules = nullptr;
+    }
+    const int given = (models != nullptr) + (slices != nullptr) + (modules != nullptr);
+    if (given != 1) {
+      return RecipeError(root.at,
+                         absl::StrCat("give exactly one of `models`, `slices` and `modules`; ",
+                                      given == 0 ? "there is none" : "there are several"));
+    }
+    if (modules == nullptr) {
+      ASSIGN_OR_RETURN(RecipeModule module,
+                       ReadModule(models != nullptr ? *models : *slices, models != nullptr));
+      module.name = "default";
+      recipe_.modules.push_back(std::move(module));
+      return absl::OkStatus();
+    }
+    recipe_.has_modules_key = true;
+    for (const YamlNode::Entry& entry : modules->entries) {
+      static constexpr Key kKeys[] = {{"models"}, {"slices"}, {"parameters"}};
+      const std::string where = absl::StrCat("module \"", entry.key->text, "\"");
+      if (entry.value->kind != Kind::kMapping) {
+        return Expected(*entry.value, where, "a mapping with `models` or `slices`");
+      }
+      RETURN_IF_ERROR(CheckKeys(*entry.value, where, kKeys));
+      ASSIGN_OR_RETURN(const YamlNode* own_models, List(*entry.value, "models"));
+      ASSIGN_OR_RETURN(const YamlNode* own_slices, List(*entry.value, "slices"));
+      if ((own_models == nullptr) == (own_slices == nullptr)) {
+        return RecipeError(entry.value->at,
+                           absl::StrCat(where, " needs exactly one of `models` and `slices`"));
+      }
+      ASSIGN_OR_RETURN(
+          RecipeModule module,
+          ReadModule(own_models != nullptr ? *own_models : *own_slices, own_models != nullptr));
+      module.name = entry.key->text;
+      module.at = entry.key->at;
+      RETURN_IF_ERROR(ReadParameters(*entry.value, module.parameters));
+      recipe_.modules.push_back(std::move(module));
+    }
+    return absl::OkStatus();
+  }
+
+  Recipe& recipe_;
+};
+
+}  // namespace
+
+std::string TextPosition::ToString() const {
+  return line == 0 ? "--set" : absl::StrCat("recipe:", line, ":", column);
+}
+
+std::string ModelRef::ToString() const {
+  const auto part = [](absl::string_view path, absl::string_view revision) {
+    return revision.empty() ? std::string(path) : absl::StrCat(path, "@", revision);
+  };
+  std::string text = part(path, revision);
+  if (!adapter.empty()) absl::StrAppend(&text, "+", part(adapter, adapter_revision));
+  if (!override_architecture.empty()) absl::StrAppend(&text, " as ", override_architecture);
+  return text;
+}
+
+absl::StatusOr<ModelRef> ParseModelRef(absl::string_view text) {
+  const auto fail = [&](absl::string_view why) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "model reference \"", text, "\" ", why,
+        "; the form is PATH[@REVISION][+ADAPTER[@REVISION]], and a path that has '@' or '+' itself "
+        "is written as {model: {path: ...}}"));
+  };
+  const std::vector<absl::string_view> parts = absl::StrSplit(text, '+');
+  if (parts.size() > 2) return fail("has more than one '+'");
+  ModelRef ref;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const std::vector<absl::string_view> pieces = absl::StrSplit(parts[i], '@');
+    if (pieces.size() > 2) return fail("has more than one '@'");
+    for (absl::string_view piece : pieces) {
+      if (piece.empty()) return fail("has an empty part");
+    }
+    (i == 0 ? ref.path : ref.adapter) = std::string(pieces[0]);
+    if (pieces.size() == 2) {
+      (i == 0 ? ref.revision : ref.adapter_revision) = std::string(pieces[1]);
+    }
+  }
+  return ref;
+}
+
+absl::StatusOr<Recipe> ParseRecipe(
+    absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides) {
+  ASSIGN_OR_RETURN(YamlDocument document, YamlDocument::Parse(text));
+  for (const auto& [path, value] : overrides) RETURN_IF_ERROR(document.Set(path, value));
+  Recipe recipe;
+  recipe.text = std::string(text);
+  recipe.overrides = overrides;
+  recipe.warnings = document.warnings();
+  RETURN_IF_ERROR(RecipeReader(recipe).Read(document.root()));
+  return recipe;
+}
+
+}  // namespace pewter
