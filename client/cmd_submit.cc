@@ -1,0 +1,147 @@
+// pewter submit: the same as pewter merge, done by a server.
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/random/random.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status.h"
+#include "client/commands.h"
+#include "client/exit_code.h"
+#include "client/job_report.h"
+#include "client/recipe_arguments.h"
+#include "client/recipe_paths.h"
+#include "client/remote.h"
+
+namespace pewter::client {
+
+namespace {
+
+struct Arguments {
+  RecipeArguments recipe;
+  PlanArguments plan;
+  ServerArguments server;
+  std::string output;
+  std::vector<std::string> labels;
+  int priority = 0;
+  std::string request_id;
+  bool wait = false;
+  bool overwrite = false;
+  bool allow_nonfinite = false;
+};
+
+// Makes a call that is repeated after a lost connection create one job.
+std::string RandomRequestId() {
+  absl::BitGen random;
+  return absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(random),
+                         absl::Uniform<uint64_t>(random));
+}
+
+absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Output& out) {
+  ASSIGN_OR_RETURN(const std::string text, arguments.recipe.ReadText());
+  ASSIGN_OR_RETURN(const auto overrides, SplitAssignments("--set", arguments.recipe.set));
+  ASSIGN_OR_RETURN(const auto labels, SplitAssignments("--label", arguments.labels));
+  ASSIGN_OR_RETURN(const PlanOptions plan, arguments.plan.ToOptions());
+  std::error_code error;
+  const std::string working_directory = std::filesystem::current_path(error).string();
+  if (error) {
+    return absl::NotFoundError(absl::StrCat("no working directory: ", error.message()));
+  }
+  const absl::StatusOr<PortableRecipe> recipe =
+      MakePathsAbsolute(text, overrides, working_directory);
+  if (!recipe.ok()) return arguments.recipe.NameFile(recipe.status());
+  // Who waits is told by the server.
+  if (!arguments.wait) {
+    for (const std::string& warning : recipe->warnings) {
+      out.Warn(arguments.recipe.NameFile(warning));
+    }
+  }
+
+  v1::CreateJobRequest request;
+  request.set_recipe(recipe->text);
+  request.set_destination_uri(AbsoluteDestination(arguments.output, working_directory));
+  request.set_request_id(arguments.request_id.empty() ? RandomRequestId() : arguments.request_id);
+  for (const auto& [key, value] : labels) (*request.mutable_labels())[key] = value;
+  request.set_priority(arguments.priority);
+  v1::MergeOptions& options = *request.mutable_options();
+  options.set_memory_bytes(plan.memory_bytes);
+  options.set_threads(plan.threads);
+  options.set_device(plan.device);
+  options.set_seed(plan.seed);
+  options.set_allow_nonfinite(arguments.allow_nonfinite);
+  options.set_overwrite(arguments.overwrite);
+  options.set_shard_bytes(plan.shard_bytes);
+  for (const auto& [key, value] : recipe->overrides) {
+    v1::RecipeOverride& override_ = *options.add_overrides();
+    override_.set_key(key);
+    override_.set_value(value);
+  }
+  options.set_strict(plan.strict);
+  options.set_allow_mixed(plan.allow_mixed);
+  options.set_omit_tokenizer(!plan.copy_tokenizer);
+  options.set_omit_model_card(!plan.write_model_card);
+  return request;
+}
+
+absl::StatusOr<int> RunSubmit(const Arguments& arguments, Output& out) {
+  ASSIGN_OR_RETURN(Remote remote, Remote::Open(arguments.server));
+  ASSIGN_OR_RETURN(const v1::CreateJobRequest request, MakeRequest(arguments, out));
+  ASSIGN_OR_RETURN(const v1::Job job, remote.CreateJob(request));
+  if (!arguments.wait) {
+    if (out.json()) {
+      out.Print(ToJson(job));
+    } else if (out.quiet()) {
+      out.Text(absl::StrCat(job.id(), "\n"));
+    } else {
+      out.Text(absl::StrCat("Job ", job.id(), " is ", StateName(job.state()),
+                            "\n\nNext:\n  pewter jobs watch ", job.id(), " --server ",
+                            remote.address(), "\n"));
+    }
+    return kExitDone;
+  }
+  if (!out.json() && !out.quiet()) {
+    out.Text(absl::StrCat("Job ", job.id(), "\n"));
+    out.Flush();
+  }
+  return FollowJob(remote, job.id(), out);
+}
+
+}  // namespace
+
+CommandBody DeclareSubmit(CLI::App& app) {
+  auto arguments = std::make_shared<Arguments>();
+  arguments->recipe.Declare(app);
+  app.add_option("out", arguments->output, "Where the server writes the model: a path or a URI")
+      ->required()
+      ->type_name(kPathType);
+  arguments->server.Declare(app);
+  app.add_flag("-w,--wait", arguments->wait, "Follow the job until it ends");
+  app.add_option("-l,--label", arguments->labels, "Mark the job; may be given several times")
+      ->type_name("KEY=VALUE")
+      ->allow_extra_args(false);
+  app.add_option("--priority", arguments->priority, "Jobs of higher priority start first")
+      ->type_name("N")
+      ->check(CLI::Range(-1000, 1000))
+      ->capture_default_str();
+  app.add_option("--request-id", arguments->request_id,
+                 "Submitting again with the same id gives the same job; default: random")
+      ->type_name("ID");
+  app.add_flag("--overwrite", arguments->overwrite, "Replace what is at OUT");
+  app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
+               "Go on when an input holds NaN or infinity");
+  arguments->plan.Declare(app);
+  app.footer(
+      "Relative paths, in the recipe too, are made absolute before they are sent: the server must\n"
+      "see the same files. Interrupted jobs continue where they were by themselves.\n"
+      "\nExamples:\n"
+      "  pewter submit recipe.yaml ./merged --server localhost:7433 --wait\n"
+      "  pewter jobs watch $(pewter submit recipe.yaml ./merged -q)    with PEWTER_SERVER set");
+  return [arguments](Output& out) { return RunSubmit(*arguments, out); };
+}
+
+}  // namespace pewter::client

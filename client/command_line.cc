@@ -1,0 +1,64 @@
+#include <string>
+#include <utility>
+
+#include "client/commands.h"
+
+namespace pewter::client {
+
+namespace {
+
+constexpr Command kCommands[] = {
+    {"merge", "Merge models into a new one, on this machine", &DeclareMerge},
+    {"plan", "Check a recipe and show what merging it would read, compute and write", &DeclarePlan},
+    {"methods", "List merge methods, or explain one", &DeclareMethods},
+    {"inspect", "Show what a model, an adapter or a merge result holds", &DeclareInspect},
+    {"diff", "Compare the weights of two models", &DeclareDiff},
+    {"submit", "Have a server merge", &DeclareSubmit},
+    {"jobs", "List, show, follow, cancel and delete jobs of a server", &DeclareJobs},
+    {"completion", "Print completions for a shell", &DeclareCompletion},
+};
+
+// Commands that run something take the options about output; those that only group others do not.
+void AddOutputOptions(CLI::App& app, OutputOptions& output) {
+  const auto nested = app.get_subcommands([](CLI::App*) { return true; });
+  for (CLI::App* command : nested) AddOutputOptions(*command, output);
+  if (!nested.empty()) return;
+  constexpr char kGroup[] = "Output";
+  app.add_option("-o,--output", output.format, "Format of results; default: text")
+      ->type_name("text|json")
+      ->check(CLI::Validator(
+          [](std::string& text) {
+            return text == "text" || text == "json" ? std::string()
+                                                    : "expected text or json, not " + text;
+          },
+          ""))
+      ->group(kGroup);
+  app.add_flag("-q,--quiet", output.quiet, "No progress or notes; results are names only")
+      ->group(kGroup);
+}
+
+}  // namespace
+
+absl::Span<const Command> Commands() { return kCommands; }
+
+CommandLine::CommandLine() : app("Merges neural networks: model checkpoints in, one model out.") {
+  app.name("pewter");
+  app.require_subcommand(1);
+  app.set_help_flag("-h,--help", "Show this help");
+  app.footer(
+      "Start with:\n"
+      "  pewter methods                   what can be merged how\n"
+      "  pewter plan recipe.yaml          check a recipe\n"
+      "  pewter merge recipe.yaml ./out   run it\n"
+      "\nExit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 not found or not permitted,\n"
+      "130 interrupted.");
+  for (const Command& command : Commands()) {
+    CLI::App* subcommand = app.add_subcommand(command.name, command.summary);
+    // Footers are inherited; each command has its own.
+    subcommand->footer("");
+    subcommand->callback([this, run = command.declare(*subcommand)] { body = run; });
+  }
+  AddOutputOptions(app, output);
+}
+
+}  // namespace pewter::client

@@ -1,0 +1,55 @@
+// The commands of `pewter`: one row a command, one cmd_*.cc file a row. main.cc, the help, the
+// suggestions and the shell completions are all views of this table.
+#pragma once
+
+#include <functional>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "client/output.h"
+
+namespace pewter::client {
+
+// Runs a command whose options have been parsed and returns the process's exit code. A failed
+// status is printed by the caller, which takes the exit code from it.
+using CommandBody = std::function<absl::StatusOr<int>(Output& out)>;
+
+struct Command {
+  const char* name;
+  const char* summary;
+  // Adds the command's arguments to its CLI::App. The body owns what they are parsed into.
+  CommandBody (*declare)(CLI::App& app);
+};
+
+absl::Span<const Command> Commands();
+
+CommandBody DeclareMerge(CLI::App& app);
+CommandBody DeclarePlan(CLI::App& app);
+CommandBody DeclareMethods(CLI::App& app);
+CommandBody DeclareInspect(CLI::App& app);
+CommandBody DeclareDiff(CLI::App& app);
+CommandBody DeclareSubmit(CLI::App& app);
+CommandBody DeclareJobs(CLI::App& app);
+CommandBody DeclareCompletion(CLI::App& app);
+
+// The whole command line: what main.cc parses and what completions are made from. Parsing sets
+// `output` and the `body` of the command that was chosen.
+struct CommandLine {
+  CommandLine();
+  CommandLine(const CommandLine&) = delete;
+
+  CLI::App app;
+  OutputOptions output;
+  CommandBody body;
+};
+
+// What stands for the kind of an argument's value: the word in the help, and what completions offer
+// for it.
+inline constexpr char kFileType[] = "FILE";
+inline constexpr char kPathType[] = "PATH";
+inline constexpr char kModelType[] = "MODEL";
+inline constexpr char kMethodType[] = "METHOD";
+inline constexpr char kJobType[] = "JOB";
+
+}  // namespace pewter::client

@@ -1,0 +1,183 @@
+#include "client/method_report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+
+namespace pewter::client {
+
+namespace {
+
+constexpr int kTextColumns = 100;
+
+const char* TypeName(ParamType type) {
+  switch (type) {
+    case ParamType::kBool:
+      return "bool";
+    case ParamType::kInt:
+      return "int";
+    case ParamType::kFloat:
+      return "float";
+    case ParamType::kString:
+      return "string";
+  }
+  return "";
+}
+
+const char* ScopeName(ParamScopeKind scope) {
+  switch (scope) {
+    case ParamScopeKind::kJob:
+      return "recipe";
+    case ParamScopeKind::kModel:
+      return "model";
+    case ParamScopeKind::kTensor:
+      return "tensor";
+  }
+  return "";
+}
+
+struct DefaultToJson {
+  Json operator()(NoDefault) const { return nullptr; }
+  Json operator()(Unset) const { return nullptr; }
+  template <class T>
+  Json operator()(T value) const {
+    return value;
+  }
+};
+
+bool Required(const Param& param) { return std::holds_alternative<NoDefault>(param.fallback); }
+
+std::string DefaultText(const Param& param) {
+  if (Required(param)) return "required";
+  if (std::holds_alternative<Unset>(param.fallback)) return "unset";
+  if (const bool* flag = std::get_if<bool>(&param.fallback)) return *flag ? "true" : "false";
+  if (const auto* number = std::get_if<double>(&param.fallback)) {
+    return absl::StrFormat("%g", *number);
+  }
+  if (const auto* number = std::get_if<int64_t>(&param.fallback)) return absl::StrCat(*number);
+  return std::get<const char*>(param.fallback);
+}
+
+std::string RangeText(const Param& param) {
+  if (!param.choices.empty()) return absl::StrJoin(param.choices, "|");
+  const bool below = std::isfinite(param.min), above = std::isfinite(param.max);
+  if (below && above) return absl::StrFormat("%g to %g", param.min, param.max);
+  if (below) return absl::StrFormat("at least %g", param.min);
+  if (above) return absl::StrFormat("at most %g", param.max);
+  return "";
+}
+
+// A value that is good for `param`.
+std::string ExampleValue(const Param& param) {
+  if (!Required(param)) return DefaultText(param);
+  switch (param.type) {
+    case ParamType::kBool:
+      return "true";
+    case ParamType::kString:
+      return param.choices.empty() ? "TEXT" : param.choices.front();
+    case ParamType::kInt:
+      return absl::StrFormat("%g", std::clamp(1.0, param.min, param.max));
+    case ParamType::kFloat:
+      return absl::StrFormat("%g", std::clamp(0.5, param.min, param.max));
+  }
+  return "";
+}
+
+}  // namespace
+
+const char* BaseName(BaseUse base) {
+  switch (base) {
+    case BaseUse::kInput:
+      return "input";
+    case BaseUse::kOptional:
+      return "optional";
+    case BaseUse::kRequired:
+      return "required";
+  }
+  return "";
+}
+
+std::string ExampleRecipe(const MergeMethod& method) {
+  std::string of_model, of_recipe;
+  for (const Param& param : method.params) {
+    if (param.no_effect || std::holds_alternative<Unset>(param.fallback)) continue;
+    absl::StrAppend(param.scope == ParamScopeKind::kModel ? &of_model : &of_recipe,
+                    param.scope == ParamScopeKind::kModel ? "      " : "  ", param.name, ": ",
+                    ExampleValue(param), "\n");
+  }
+  const int models =
+      std::clamp(2, method.min_inputs, std::max(method.min_inputs, method.max_inputs));
+  std::string text = absl::StrCat("merge_method: ", method.name, "\n");
+  if (method.base != BaseUse::kInput) absl::StrAppend(&text, "base_model: ./base\n");
+  absl::StrAppend(&text, "models:\n");
+  for (int i = 0; i < models; ++i) {
+    absl::StrAppend(&text, "  - model: ./model-", std::string(1, static_cast<char>('a' + i)), "\n");
+    if (!of_model.empty()) absl::StrAppend(&text, "    parameters:\n", of_model);
+  }
+  if (!of_recipe.empty()) absl::StrAppend(&text, "parameters:\n", of_recipe);
+  absl::StrAppend(&text, "dtype: bfloat16\n");
+  return text;
+}
+
+Json MethodToJson(const MergeMethod& method) {
+  Json params = Json::array();
+  for (const Param& param : method.params) {
+    params.push_back({{"name", param.name},
+                      {"help", param.help},
+                      {"type", TypeName(param.type)},
+                      {"scope", ScopeName(param.scope)},
+                      {"required", Required(param)},
+                      {"default", std::visit(DefaultToJson{}, param.fallback)},
+                      {"min", std::isfinite(param.min) ? Json(param.min) : Json()},
+                      {"max", std::isfinite(param.max) ? Json(param.max) : Json()},
+                      {"choices", param.choices},
+                      {"no_effect", param.no_effect}});
+  }
+  return {{"name", method.name},
+          {"title", method.title},
+          {"summary", method.summary},
+          {"formula", method.formula},
+          {"reference", method.reference},
+          {"base_model", BaseName(method.base)},
+          {"min_inputs", method.min_inputs},
+          {"max_inputs", method.max_inputs},
+          {"parameters", std::move(params)},
+          {"example", ExampleRecipe(method)}};
+}
+
+std::string MethodToText(const MergeMethod& method) {
+  std::string text =
+      absl::StrCat(method.name, " (", method.title, ")\n", Wrap(method.summary, kTextColumns, 2),
+                   "\nFormula\n", Wrap(method.formula, kTextColumns, 2), "\nInputs      ");
+  const int fewest = std::max(method.min_inputs, 1);
+  absl::StrAppend(
+      &text, fewest == method.max_inputs ? "" : "at least ", fewest,
+      method.base == BaseUse::kInput ? "" : ", besides the base model", "\nBase model  ",
+      method.base == BaseUse::kInput ? "an input like the others" : BaseName(method.base),
+      "\nReference   ", method.reference, "\n\n");
+  if (method.params.empty()) {
+    absl::StrAppend(&text, "No parameters.\n");
+  } else {
+    Table table({"PARAMETER", "TYPE", "SET PER", "DEFAULT", "RANGE", "MEANING"});
+    for (const Param& param : method.params) {
+      table.Add({param.name, TypeName(param.type), ScopeName(param.scope), DefaultText(param),
+                 RangeText(param),
+                 param.no_effect ? "accepted for mergekit's sake; no effect" : param.help});
+    }
+    absl::StrAppend(&text, table.ToString());
+  }
+  absl::StrAppend(&text, "\nExample\n");
+  for (absl::string_view line : absl::StrSplit(ExampleRecipe(method), '\n', absl::SkipEmpty())) {
+    absl::StrAppend(&text, "  ", line, "\n");
+  }
+  return text;
+}
+
+}  // namespace pewter::client

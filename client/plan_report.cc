@@ -1,0 +1,248 @@
+#include "client/plan_report.h"
+
+#include <algorithm>
+#include <cctype>
+#include <map>
+#include <set>
+#include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "base/dtype_names.h"
+#include "base/units.h"
+
+namespace pewter::client {
+
+namespace {
+
+constexpr size_t kNamesShown = 5;  // of tensors that nothing reads
+
+Json ToJson(const ParamValues& params) {
+  Json json = Json::object();
+  for (const auto& [name, value] : params) {
+    std::visit([&json, &name = name](const auto& v) { json[name] = v; }, value);
+  }
+  return json;
+}
+
+Json ToJson(const Shape& shape) {
+  return std::vector<int64_t>(shape.extents().begin(), shape.extents().end());
+}
+
+Json ToJson(const PlanInput& input, const Plan& plan) {
+  return {{"model", plan.models[input.model].ref},
+          {"tensor", input.tensor},
+          {"parameters", ToJson(input.params)}};
+}
+
+std::string MethodName(const PlanTensor& tensor) {
+  return tensor.method == nullptr ? "copy" : tensor.method->name;
+}
+
+// "t=0.5 weight=0.3,0.7": parameters of the tensor, then those of the inputs in their order.
+std::string DescribeParams(const PlanTensor& tensor) {
+  std::vector<std::string> parts;
+  for (const auto& [name, value] : tensor.params) {
+    parts.push_back(absl::StrCat(name, "=", ParamToString(value)));
+  }
+  std::map<std::string, std::vector<std::string>> of_inputs;
+  for (const PlanInput& input : tensor.inputs) {
+    for (const auto& [name, value] : input.params) of_inputs[name].push_back(ParamToString(value));
+  }
+  for (const auto& [name, values] : of_inputs) {
+    parts.push_back(absl::StrCat(name, "=", absl::StrJoin(values, ",")));
+  }
+  return absl::StrJoin(parts, " ");
+}
+
+std::string Dtypes(const PlanTensor& tensor) { return std::string(SafetensorsName(tensor.dtype)); }
+
+// Tensors that differ only by the numbers in their names.
+struct Group {
+  int64_t tensors = 0;
+  int64_t bytes = 0;
+  int inputs = 0;
+  std::set<std::string> params;
+};
+
+std::string GroupTable(const Plan& plan) {
+  using Key = std::tuple<std::string, std::string, std::string, std::string>;
+  std::map<Key, Group> groups;
+  std::vector<const std::pair<const Key, Group>*> order;
+  for (const PlanTensor& tensor : plan.tensors) {
+    const auto [at, added] = groups.try_emplace(
+        Key(NamePattern(tensor.name), tensor.shape.ToString(), Dtypes(tensor), MethodName(tensor)));
+    if (added) order.push_back(&*at);
+    Group& group = at->second;
+    ++group.tensors;
+    group.bytes += tensor.bytes;
+    group.inputs = static_cast<int>(tensor.inputs.size()) + (tensor.base.has_value() ? 1 : 0);
+    group.params.insert(DescribeParams(tensor));
+  }
+  Table table({"TENSORS", "COUNT", "SHAPE", "DTYPE", "SIZE", "METHOD", "INPUTS", "PARAMETERS"});
+  table.RightAlign(1).RightAlign(4).RightAlign(6);
+  for (const auto* entry : order) {
+    const auto& [pattern, shape, dtype, method] = entry->first;
+    const Group& group = entry->second;
+    table.Add({pattern, FormatCount(group.tensors), shape, dtype, FormatBytes(group.bytes), method,
+               absl::StrCat(group.inputs),
+               group.params.size() == 1
+                   ? *group.params.begin()
+                   : absl::StrCat("(", group.params.size(), " settings: see --tensors)")});
+  }
+  return table.ToString();
+}
+
+std::string TensorTable(const Plan& plan) {
+  std::string text;
+  for (const PlanTensor& tensor : plan.tensors) {
+    absl::StrAppend(&text, tensor.name, "  ", tensor.shape.ToString(), " ", Dtypes(tensor), "  ",
+                    MethodName(tensor));
+    std::vector<std::string> params;
+    for (const auto& [name, value] : tensor.params) {
+      params.push_back(absl::StrCat(" ", name, "=", ParamToString(value)));
+    }
+    absl::StrAppend(&text, absl::StrJoin(params, ""), "\n");
+    const auto add_input = [&](const PlanInput& input, absl::string_view role) {
+      absl::StrAppend(&text, "    ", role, plan.models[input.model].ref);
+      if (input.tensor != tensor.name) absl::StrAppend(&text, ": ", input.tensor);
+      for (const auto& [name, value] : input.params) {
+        absl::StrAppend(&text, "  ", name, "=", ParamToString(value));
+      }
+      absl::StrAppend(&text, "\n");
+    };
+    if (tensor.base.has_value()) add_input(*tensor.base, "base ");
+    for (const PlanInput& input : tensor.inputs) add_input(input, "");
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string ParamToString(const ParamValue& value) {
+  if (const bool* flag = std::get_if<bool>(&value)) return *flag ? "true" : "false";
+  if (const double* number = std::get_if<double>(&value)) return absl::StrFormat("%g", *number);
+  if (const int64_t* number = std::get_if<int64_t>(&value)) return absl::StrCat(*number);
+  return std::get<std::string>(value);
+}
+
+std::string NamePattern(absl::string_view tensor) {
+  std::vector<std::string> parts = absl::StrSplit(tensor, '.');
+  for (std::string& part : parts) {
+    if (!part.empty() && std::all_of(part.begin(), part.end(),
+                                     [](unsigned char c) { return std::isdigit(c) != 0; })) {
+      part = "*";
+    }
+  }
+  return absl::StrJoin(parts, ".");
+}
+
+Json PlanToJson(const Plan& plan) {
+  Json models = Json::array();
+  for (size_t i = 0; i < plan.models.size(); ++i) {
+    const PlanModel& model = plan.models[i];
+    Json files = Json::array();
+    for (const InputFile& file : model.checkpoint->files()) {
+      files.push_back({{"file", file.Describe()}, {"bytes", file.stat.size}});
+    }
+    models.push_back({{"model", model.ref},
+                      {"raw", model.checkpoint->raw()},
+                      {"tensors", model.checkpoint->tensor_names().size()},
+                      {"files", std::move(files)}});
+  }
+  Json tensors = Json::array();
+  for (const PlanTensor& tensor : plan.tensors) {
+    Json inputs = Json::array();
+    for (const PlanInput& input : tensor.inputs) inputs.push_back(ToJson(input, plan));
+    tensors.push_back({{"name", tensor.name},
+                       {"dtype", SafetensorsName(tensor.dtype)},
+                       {"shape", ToJson(tensor.shape)},
+                       {"bytes", tensor.bytes},
+                       {"shard", plan.shards[tensor.shard].file},
+                       {"method", MethodName(tensor)},
+                       {"parameters", ToJson(tensor.params)},
+                       {"base", tensor.base.has_value() ? ToJson(*tensor.base, plan) : Json()},
+                       {"inputs", std::move(inputs)}});
+  }
+  Json shards = Json::array();
+  for (const PlanShard& shard : plan.shards) {
+    shards.push_back(
+        {{"file", shard.file}, {"bytes", shard.bytes}, {"tensors", shard.tensors.size()}});
+  }
+  Json other_files = Json::array();
+  for (const PlanFile& file : plan.aux_files) other_files.push_back(file.name);
+  Json unused = Json::object();
+  for (const auto& [model, names] : plan.unused_tensors) unused[model] = names;
+  return {{"method", plan.method},           {"architecture", plan.architecture},
+          {"device", plan.options.device},   {"threads", plan.options.threads},
+          {"seed", plan.options.seed},       {"memory_bytes", plan.options.memory_bytes},
+          {"peak_bytes", plan.peak_bytes},   {"read_bytes", plan.read_bytes},
+          {"write_bytes", plan.write_bytes}, {"models", std::move(models)},
+          {"shards", std::move(shards)},     {"other_files", std::move(other_files)},
+          {"tensors", std::move(tensors)},   {"unused_tensors", std::move(unused)},
+          {"warnings", plan.warnings},       {"fingerprint", plan.fingerprint}};
+}
+
+std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
+  std::string text =
+      absl::StrCat("Method        ", plan.method, "\nArchitecture  ", plan.architecture, "\n\n");
+  Table models({"INPUT", "FILES", "TENSORS", "SIZE"});
+  models.RightAlign(1).RightAlign(2).RightAlign(3);
+  for (const PlanModel& model : plan.models) {
+    int64_t bytes = 0;
+    for (const InputFile& file : model.checkpoint->files()) bytes += file.stat.size;
+    models.Add({model.ref, FormatCount(model.checkpoint->files().size()),
+                FormatCount(model.checkpoint->tensor_names().size()), FormatBytes(bytes)});
+  }
+  absl::StrAppend(&text, models.ToString(), "\n",
+                  options.every_tensor ? TensorTable(plan) : GroupTable(plan), "\n");
+  Table shards({"OUTPUT", "TENSORS", "SIZE"});
+  shards.RightAlign(1).RightAlign(2);
+  for (const PlanShard& shard : plan.shards) {
+    shards.Add({shard.file, FormatCount(shard.tensors.size()), FormatBytes(shard.bytes)});
+  }
+  absl::StrAppend(&text, shards.ToString());
+  if (!plan.aux_files.empty()) {
+    absl::StrAppend(
+        &text, Wrap(absl::StrCat("and ", absl::StrJoin(plan.aux_files, ", ",
+                                                       [](std::string* out, const PlanFile& file) {
+                                                         *out += file.name;
+                                                       })),
+                    100, 0));
+  }
+  for (const auto& [model, names] : plan.unused_tensors) {
+    if (names.empty()) continue;
+    const std::vector<std::string> first(
+        names.begin(),
+        names.begin() + static_cast<int64_t>(options.every_tensor
+                                                 ? names.size()
+                                                 : std::min(names.size(), kNamesShown)));
+    absl::StrAppend(&text, "\nNot read from ", model, ": ", FormatCount(names.size(), "tensor"),
+                    "\n  ", absl::StrJoin(first, "\n  "), "\n");
+    if (first.size() < names.size()) absl::StrAppend(&text, "  ... (--tensors shows all)\n");
+  }
+  absl::StrAppend(&text, "\nReads         ", FormatBytes(plan.read_bytes), "\nWrites        ",
+                  FormatBytes(plan.write_bytes), "\nPeak memory   ", FormatBytes(plan.peak_bytes),
+                  " (limit ", FormatBytes(plan.options.memory_bytes), ")\nDevice        ",
+                  plan.options.device, ", ", FormatCount(plan.options.threads, "thread"),
+                  "\nWarnings      ", plan.warnings.size(), "\nFingerprint   ", plan.fingerprint,
+                  "\n");
+  return text;
+}
+
+void PrintPlan(Output& out, const Plan& plan, const PlanReportOptions& options) {
+  if (out.json()) {
+    out.Print(PlanToJson(plan));
+  } else if (out.quiet()) {
+    out.Text(absl::StrCat(plan.fingerprint, "\n"));
+  } else {
+    out.Text(PlanToText(plan, options));
+  }
+}
+
+}  // namespace pewter::client

@@ -1,0 +1,31 @@
+// Makes a recipe portable: a server has another working directory, so relative paths of models
+// become absolute before the recipe is sent. Nothing else of the text changes, comments included.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace pewter::client {
+
+struct PortableRecipe {
+  std::string text;
+  std::vector<std::pair<std::string, std::string>> overrides;
+  std::vector<std::string> warnings;  // of the recipe
+};
+
+// A path is local when it starts with ./ or ../ or names something below `working_directory`
+// (absolute); other words are hub ids and stay. InvalidArgument, with the position, for what
+// ParseRecipe refuses and for a path that is written in a way that cannot be replaced (escapes,
+// several lines, '@' or '+' in the absolute path).
+absl::StatusOr<PortableRecipe> MakePathsAbsolute(
+    absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
+    const std::string& working_directory);
+
+// The same for a place to write to: a URI stays, everything else is a local path.
+std::string AbsoluteDestination(absl::string_view path, const std::string& working_directory);
+
+}  // namespace pewter::client
