@@ -6,15 +6,12 @@
 // Outputs of Reduce and Histogram are host values and are complete on return.
 //
 // Elementwise ops (kernels/ops/*.h) are trivially copyable functors, compiled by g++ and nvcc
-// alike:
+// alike. They compute in float, and in double when their inputs are F64. Loads widen, the store
+// rounds once to nearest even. No contraction, so CPU (any instruction set) and CUDA agree bit for
+// bit; reductions have one fixed order everywhere, too.
 //
-//   struct Op { int inputs() const; template <class V, class I> PEWTER_HD V operator()(const V* x,
-//   I index) const; };
-//
-// V is the compute type: float, or double when an input or the output is F64; on the CPU it is a
-// SIMD vector of them. x[i] is the element of input i, `index` the element's index in the whole
-// tensor. Loads widen, the store rounds once to nearest even. No contraction, so CPU (any
-// instruction set) and CUDA agree bit for bit.
+// Errors: Internal for arguments that do not fit together (a bug of the caller); ResourceExhausted
+// when memory ran out; Unavailable, with CUDA's own words, when the device failed.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +19,6 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -30,9 +26,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "base/dtype.h"
-#include "kernels/ops/reduce_ops.h"
-#include "kernels/ops/task_vector.h"
-#include "kernels/ops/weighted_sum.h"
+#include "kernels/ops/op_list.h"
 
 namespace pewter::kernels {
 
@@ -48,10 +42,8 @@ struct View {
   int64_t size = 0;
 };
 
-// The ops that each backend implements; adding an op is adding its header and its name here.
-using MapOp = std::variant<WeightedSum, TaskVectorSum>;
-using ReduceOp = std::variant<DotNorms, DeltaAbsSums, CountEqualMagnitude>;
-using MagnitudeOp = std::variant<DeltaMagnitude>;
+// Terms that Reduce gives for each block.
+int Terms(const ReduceOp& op);
 
 // One level of a radix select over magnitudes. Magnitudes are compared as the unsigned integers
 // that hold their bits (sign cleared), which orders non-negative floats. F32 keys have 2 levels of
@@ -86,27 +78,26 @@ class Backend {
   // Synchronize.
   virtual absl::Status Upload(const void* host, void* device, int64_t bytes) = 0;
   virtual absl::Status Download(const void* device, void* host, int64_t bytes) = 0;
+  // Within the backend's memory; the ranges do not overlap.
+  virtual absl::Status Copy(const void* from, void* to, int64_t bytes) = 0;
   virtual absl::Status Synchronize() = 0;
 
-  // out[j] = op(in[0][j], in[1][j], ..., first + j). Inputs have one dtype (a floating one), the
-  // output any floating one.
+  // out[j] = op(in[0][j], in[1][j], ...), where element j of the views has index first + j in the
+  // whole tensor. Inputs have one dtype (a floating one), the output any floating one. `out` may be
+  // one of the inputs when the dtypes agree. Random draws are fastest where first % 4 == 0.
   virtual absl::Status Map(const MapOp& op, absl::Span<const ConstView> in, View out,
                            int64_t first) = 0;
-  // Sums over the view of each of the op's terms, accumulated in double. Computed in blocks of
-  // kReduceBlock elements counted from element 0 of the tensor and added in order of blocks, so the
-  // result does not depend on threads, and adding the results of consecutive views that start at
-  // multiples of kReduceBlock gives the same bits as one view when they are added in order. Returns
-  // op.terms() values per block.
+  // Sums of each of the op's terms, accumulated in double: Terms(op) values for each block of
+  // kReduceBlock elements, counted from element 0 of the tensor, that the views touch. The order
+  // within a block is fixed (kernels/ops/reduce_ops.h), so the values do not depend on threads or
+  // device, nor on the tiling when views start at multiples of kReduceBlock.
   virtual absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op,
                                                      absl::Span<const ConstView> in,
                                                      int64_t first) = 0;
-  // Adds the counts of the level's digit of |op(x)| to `bins` (kRadixBins of them).
+  // Adds the counts of the level's digit of op(x) to `bins` (kRadixBins of them).
   virtual absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in,
                                  RadixLevel level, absl::Span<uint64_t> bins) = 0;
 };
-
-// Elements of a reduction block: partial sums are per block, whatever the tiling.
-inline constexpr int64_t kReduceBlock = 1 << 16;
 
 // Exact k-th largest magnitude: `value` such that elements with magnitude > value are fewer than k
 // and those >= value are at least k; `ties` is how many of those equal to `value` belong to the k.
@@ -122,7 +113,8 @@ absl::StatusOr<KthMagnitude> SelectKth(
 
 // True as soon as one element of a floating host view is NaN or infinite; `*at` is then its index.
 bool FindNonFinite(ConstView view, int64_t* at);
-// Converts host elements between floating types, rounding to nearest even.
+// Converts host elements between floating types, rounding once to nearest even (see
+// kernels/ops/float_formats.h). The sizes agree.
 void Convert(ConstView in, View out);
 
 }  // namespace pewter::kernels

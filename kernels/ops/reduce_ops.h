@@ -1,31 +1,89 @@
-// Terms that are summed over a tensor, and magnitudes that are ranked. A reduce op is
-//   template <class V, class I> PEWTER_HD void operator()(const V* x, I index, V* terms) const;
-// Its terms are computed in the compute type and accumulated in double.
+// Terms that are summed over a tensor, and magnitudes that are ranked.
+//
+// A reduce op has kTerms terms for each of groups() groups; a group reads two inputs, first(g) and
+// second(g):
+//
+//   template <class X> PEWTER_HD void operator()(const X& x, int g, V a, V b, V* terms) const;
+//
+// Terms are computed in the compute type and accumulated in double; those of group g are numbers
+// g * kTerms and on. A magnitude op is `V operator()(const X& x) const` with values >= 0.
+//
+// The order of a sum is fixed, so every backend gives the same bits: a block (kReduceBlock) is cut
+// into rows of kReduceRow elements; a row has 32 lanes, lane l summing elements l, l + 32, ... in
+// order; lanes are added as a tree (l and l + 16, then + 8, 4, 2, 1), and rows one after another.
 #pragma once
 
 #include "kernels/ops/task_vector.h"
 
 namespace pewter::kernels {
 
+// Elements of a reduction block: partial sums are per block, whatever the tiling.
+inline constexpr int64_t kReduceBlock = 1 << 16;
+inline constexpr int64_t kReduceRow = 1 << 10;
+
 // x0.x0, x1.x1, x0.x1: norms and the angle of SLERP.
 struct DotNorms {
   static constexpr int kTerms = 3;
+  PEWTER_HD int inputs() const { return 2; }
+  PEWTER_HD int groups() const { return 1; }
+  PEWTER_HD int first(int) const { return 0; }
+  PEWTER_HD int second(int) const { return 1; }
+
+  template <class X, class V>
+  PEWTER_HD void operator()(const X&, int, V a, V b, V* terms) const {
+    terms[0] = a * a;
+    terms[1] = b * b;
+    terms[2] = a * b;
+  }
 };
 
 // For each model: sum |delta|, sum |kept delta| (scale not applied): the L1-preserving rescale of
 // mergekit. Terms 2i and 2i + 1 belong to model i.
 struct DeltaAbsSums {
+  static constexpr int kTerms = 2;
   TaskVectorSum task;
+
+  PEWTER_HD int inputs() const { return task.inputs(); }
+  PEWTER_HD int groups() const { return task.count; }
+  PEWTER_HD int first(int) const { return 0; }
+  PEWTER_HD int second(int g) const { return 1 + g; }
+
+  template <class X, class V>
+  PEWTER_HD void operator()(const X& x, int g, V base, V model, V* terms) const {
+    const V delta = model - base;
+    terms[0] = Abs(delta);
+    terms[1] = Abs(task.Kept(x, g, delta));
+  }
 };
 
 // For each model: how many |delta| equal its threshold. One term a model.
 struct CountEqualMagnitude {
+  static constexpr int kTerms = 1;
   TaskVectorSum task;
+
+  PEWTER_HD int inputs() const { return task.inputs(); }
+  PEWTER_HD int groups() const { return task.count; }
+  PEWTER_HD int first(int) const { return 0; }
+  PEWTER_HD int second(int g) const { return 1 + g; }
+
+  template <class X, class V>
+  PEWTER_HD void operator()(const X&, int g, V base, V model, V* terms) const {
+    using T = typename V::Scalar;
+    const T threshold = static_cast<T>(task.model[g].threshold);
+    terms[0] = Select(Abs(model - base) == threshold, V::Broadcast(1), V::Broadcast(0));
+  }
 };
 
 // |x[1] - x[0]| of two inputs (base, model), or |x[0]| of one.
 struct DeltaMagnitude {
   int count = 2;
+
+  PEWTER_HD int inputs() const { return count; }
+
+  template <class X>
+  PEWTER_HD typename X::Value operator()(const X& x) const {
+    return count == 1 ? Abs(x[0]) : Abs(x[1] - x[0]);
+  }
 };
 
 }  // namespace pewter::kernels

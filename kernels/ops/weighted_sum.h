@@ -13,9 +13,10 @@ struct WeightedSum {
 
   PEWTER_HD int inputs() const { return count; }
 
-  template <class V, class I>
-  PEWTER_HD V operator()(const V* x, I index) const {
-    using T = typename ScalarOf<V>::type;
+  template <class X>
+  PEWTER_HD typename X::Value operator()(const X& x) const {
+    using V = typename X::Value;
+    using T = typename V::Scalar;
     V sum = x[0] * static_cast<T>(weight[0]);
     for (int i = 1; i < count; ++i) sum = sum + x[i] * static_cast<T>(weight[i]);
     return divisor == 1 ? sum : sum / static_cast<T>(divisor);

@@ -1,0 +1,85 @@
+#include "kernels/backend.h"
+
+#include "absl/strings/str_cat.h"
+#include "base/dtype_names.h"
+#include "base/status.h"
+#include "kernels/arguments.h"
+#include "kernels/radix_select.h"
+
+namespace pewter::kernels {
+namespace {
+
+absl::Status CheckInputs(int wanted, absl::Span<const ConstView> in, int64_t first) {
+  if (wanted < 1 || wanted > kMaxInputs) {
+    return absl::InternalError(
+        absl::StrCat("an op with ", wanted, " inputs; 1 to ", kMaxInputs, " are possible"));
+  }
+  if (static_cast<int>(in.size()) != wanted) {
+    return absl::InternalError(absl::StrCat("an op takes ", wanted, " inputs, not ", in.size()));
+  }
+  for (const ConstView& view : in) {
+    if (view.size != in[0].size || view.size < 0) {
+      return absl::InternalError(
+          absl::StrCat("inputs of ", in[0].size, " and ", view.size, " elements"));
+    }
+    if (view.dtype != in[0].dtype || !IsFloat(view.dtype)) {
+      return absl::InternalError(absl::StrCat("inputs of types ", SafetensorsName(in[0].dtype),
+                                              " and ", SafetensorsName(view.dtype)));
+    }
+  }
+  if (first < 0) return absl::InternalError(absl::StrCat("element index ", first));
+  return absl::OkStatus();
+}
+
+template <class Op>
+int InputsOf(const Op& op) {
+  return std::visit([](const auto& held) { return held.inputs(); }, op);
+}
+
+}  // namespace
+
+absl::Status CheckMap(const MapOp& op, absl::Span<const ConstView> in, View out, int64_t first) {
+  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, first));
+  if (out.size != in[0].size || !IsFloat(out.dtype)) {
+    return absl::InternalError(absl::StrCat("an output of ", out.size, " ",
+                                            SafetensorsName(out.dtype), " for inputs of ",
+                                            in[0].size, " elements"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first) {
+  return CheckInputs(InputsOf(op), in, first);
+}
+
+absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
+                            absl::Span<const uint64_t> bins) {
+  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, 0));
+  const int levels = in[0].dtype == DType::kF64 ? 4 : 2;
+  if (level.level < 0 || level.level >= levels) {
+    return absl::InternalError(absl::StrCat("radix level ", level.level, " of ", levels));
+  }
+  if (bins.size() != kRadixBins) {
+    return absl::InternalError(absl::StrCat("a histogram of ", bins.size(), " bins"));
+  }
+  return absl::OkStatus();
+}
+
+int Terms(const ReduceOp& op) {
+  return std::visit([](const auto& held) { return held.groups() * held.kTerms; }, op);
+}
+
+absl::StatusOr<KthMagnitude> SelectKth(
+    int64_t k, bool f64,
+    const std::function<absl::Status(RadixLevel, absl::Span<uint64_t>)>& histogram) {
+  if (k < 1) return absl::InternalError(absl::StrCat("the ", k, "-th largest magnitude"));
+  RadixSelect select(k, f64);
+  while (!select.done()) {
+    std::vector<uint64_t> bins(kRadixBins);
+    RETURN_IF_ERROR(histogram(select.level(), absl::MakeSpan(bins)));
+    RETURN_IF_ERROR(select.Descend(bins));
+  }
+  return KthMagnitude{.value = select.value(), .ties = select.ties()};
+}
+
+}  // namespace pewter::kernels

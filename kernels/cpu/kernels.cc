@@ -1,0 +1,438 @@
+// Compiled once for each instruction set with PEWTER_CPU_ISA (a namespace and the name users see)
+// and PEWTER_CPU_TABLE (the table that it defines). See kernels.h.
+#include "kernels/cpu/kernels.h"
+
+#include "kernels/cpu/simd.h"
+
+#define PEWTER_STRING_INNER(x) #x
+#define PEWTER_STRING(x) PEWTER_STRING_INNER(x)
+
+namespace pewter::kernels::cpu {
+namespace PEWTER_CPU_ISA {
+namespace {
+
+// --- Formats ----------------------------------------------------------------------------------
+
+// A stored format known at compile time.
+template <DType kDType>
+struct Fixed {
+  static constexpr int64_t width() { return ByteWidth(kDType); }
+  template <class C>
+  PEWTER_INLINE Simd<C> LoadLanes(const void* from) const {
+    return Load<C, kDType>(from);
+  }
+  template <bool kStream, class C>
+  PEWTER_INLINE void StoreLanes(void* to, const Simd<C>& value) const {
+    Store<kDType, kStream>(to, value);
+  }
+};
+
+// One of the formats, chosen at each load and store: for the rarer pairs.
+struct Dynamic {
+  DType dtype;
+  int64_t width() const { return ByteWidth(dtype); }
+  template <class C>
+  PEWTER_INLINE Simd<C> LoadLanes(const void* from) const {
+    switch (dtype) {
+      case DType::kBF16:
+        return Load<C, DType::kBF16>(from);
+      case DType::kF16:
+        return Load<C, DType::kF16>(from);
+      case DType::kF8E4M3:
+        return Load<C, DType::kF8E4M3>(from);
+      case DType::kF8E5M2:
+        return Load<C, DType::kF8E5M2>(from);
+      default:
+        return Load<C, DType::kF32>(from);
+    }
+  }
+  template <bool, class C>
+  PEWTER_INLINE void StoreLanes(void* to, const Simd<C>& value) const {
+    switch (dtype) {
+      case DType::kBF16:
+        return Store<DType::kBF16, false>(to, value);
+      case DType::kF16:
+        return Store<DType::kF16, false>(to, value);
+      case DType::kF8E4M3:
+        return Store<DType::kF8E4M3, false>(to, value);
+      case DType::kF8E5M2:
+        return Store<DType::kF8E5M2, false>(to, value);
+      case DType::kF64:
+        return Store<DType::kF64, false>(to, value);
+      default:
+        return Store<DType::kF32, false>(to, value);
+    }
+  }
+};
+
+// Calls f(compute type, format).
+template <class F>
+PEWTER_INLINE void WithFormat(DType in, const F& f) {
+  switch (in) {
+    case DType::kF64:
+      return f(double{}, Fixed<DType::kF64>{});
+    case DType::kF32:
+      return f(float{}, Fixed<DType::kF32>{});
+    case DType::kBF16:
+      return f(float{}, Fixed<DType::kBF16>{});
+    case DType::kF16:
+      return f(float{}, Fixed<DType::kF16>{});
+    default:
+      return f(float{}, Dynamic{in});
+  }
+}
+
+// Calls f(compute type, input format, output format).
+template <class F>
+PEWTER_INLINE void WithFormats(DType in, DType out, const F& f) {
+  if (in == out && ByteWidth(in) > 1) {
+    WithFormat(in, [&](auto compute, auto format) { f(compute, format, format); });
+  } else if (in == DType::kF64) {
+    f(double{}, Fixed<DType::kF64>{}, Dynamic{out});
+  } else {
+    f(float{}, Dynamic{in}, Dynamic{out});
+  }
+}
+
+// --- Accessors (kernels/ops/op.h) -------------------------------------------------------------
+
+// What an op's draws need; ops without draws have none.
+struct Draws {
+  PhiloxRoundKeys keys[kMaxInputs - 1];
+
+  Draws(const TaskVectorSum& task) {
+    for (int i = 0; i < task.count; ++i) {
+      if (task.model[i].keep == Keep::kRandom) keys[i] = PhiloxRoundKeys(task.model[i].key);
+    }
+  }
+};
+struct NoDraws {};
+PEWTER_INLINE Draws DrawsOf(const TaskVectorSum& op) { return op; }
+PEWTER_INLINE Draws DrawsOf(const DeltaAbsSums& op) { return op.task; }
+template <class Op>
+PEWTER_INLINE NoDraws DrawsOf(const Op&) {
+  return {};
+}
+
+// Lanes [at, at + 32) of `in`, which start at element `first` of the tensor.
+template <class C, class Format, class DrawsType>
+struct Run {
+  using Value = Simd<C>;
+  const void* const* in;
+  Format format;
+  const DrawsType& draws;
+  int64_t first;
+  int64_t at;
+
+  PEWTER_INLINE Value operator[](int i) const {
+    return format.template LoadLanes<C>(static_cast<const char*>(in[i]) + at * format.width());
+  }
+  PEWTER_INLINE Mask<C> IndexBelow(int64_t end) const { return LanesBelow<C>(end - first - at); }
+  PEWTER_INLINE Mask<C> RandomBelow(int i, PhiloxKey, uint64_t below) const {
+    return PhiloxBelow<C>(draws.keys[i], first + at, below);
+  }
+};
+
+// Copies of fewer than 32 elements of each input, padded with zeros: what a Run reads at the ends
+// of a view, so that an op is compiled once for whole and partial runs.
+struct Padded {
+  alignas(64) char lanes[kMaxInputs][kLanes * 8];
+  const void* in[kMaxInputs];
+
+  __attribute__((noinline)) void Fill(const void* const* from, int inputs, int64_t at, int64_t size,
+                                      int64_t width) {
+    for (int i = 0; i < inputs; ++i) {
+      __builtin_memset(lanes[i], 0, sizeof(lanes[i]));
+      __builtin_memcpy(lanes[i], static_cast<const char*>(from[i]) + at * width, size * width);
+      in[i] = lanes[i];
+    }
+  }
+};
+
+// --- Map --------------------------------------------------------------------------------------
+
+struct Identity {
+  int inputs() const { return 1; }
+  template <class X>
+  PEWTER_INLINE typename X::Value operator()(const X& x) const {
+    return x[0];
+  }
+};
+
+template <class C, class Op, class In, class Out>
+void MapFormats(const Op& shared_op, In in, Out out, const MapArgs& shared_args) {
+  // Copies, so that the compiler knows that storing results changes neither.
+  const Op op = shared_op;
+  const MapArgs args = shared_args;
+  const auto draws = DrawsOf(op);
+  Padded padded;
+  // Streaming stores need whole lines. A head that splits a block of four random words would slow
+  // down all draws, so such an output is stored as usual.
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(args.out) % 64;
+  int64_t head = misaligned == 0 ? 0 : (64 - misaligned) / out.width();
+  const bool stream = args.stream && misaligned % out.width() == 0 && head % 4 == 0;
+  if (!stream) head = 0;
+
+  for (int64_t at = 0; at < args.size;) {
+    const int64_t rest = at < head ? head : args.size - at;
+    const bool whole = rest >= kLanes;
+    const int64_t count = whole ? kLanes : rest;
+    if (!whole) [[unlikely]]
+      padded.Fill(args.in, op.inputs(), at, count, in.width());
+    const Run<C, In, decltype(draws)> run{whole ? args.in : padded.in, in, draws,
+                                          whole ? args.first : args.first + at, whole ? at : 0};
+    const Simd<C> value = op(run);
+    char* const to = static_cast<char*>(args.out) + at * out.width();
+    if (stream && whole) {
+      out.template StoreLanes<true>(to, value);
+    } else {
+      alignas(64) char lanes[kLanes * 8];
+      out.template StoreLanes<false>(whole ? to : lanes, value);
+      if (!whole) [[unlikely]]
+        __builtin_memcpy(to, lanes, count * out.width());
+    }
+    at += count;
+  }
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();
+#endif
+}
+
+template <class Op>
+void Map(const void* erased, const MapArgs& args) {
+  const Op& op = *static_cast<const Op*>(erased);
+  WithFormats(args.in_dtype, args.out_dtype, [&]<class C, class In, class Out>(C, In in, Out out) {
+    MapFormats<C>(op, in, out, args);
+  });
+}
+
+void ConvertElements(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t size) {
+  const MapArgs args = {.in = {in},
+                        .in_dtype = in_dtype,
+                        .out = out,
+                        .out_dtype = out_dtype,
+                        .first = 0,
+                        .size = size,
+                        .stream = false};
+  const Identity identity;
+  Map<Identity>(&identity, args);
+}
+
+// --- Reduce -----------------------------------------------------------------------------------
+
+template <class C>
+PEWTER_INLINE void Accumulate(Simd<double>& sum, const Simd<C>& terms) {
+  if constexpr (sizeof(C) == 8) {
+    sum = sum + terms;
+  } else {
+    constexpr int half = Simd<float>::kPartLanes / 2;
+    PEWTER_UNROLL for (int p = 0; p < Simd<float>::kParts; ++p) {
+      Vector<float, half> parts[2];
+      __builtin_memcpy(parts, &terms.part[p], sizeof(parts));
+      sum.part[2 * p] += __builtin_convertvector(parts[0], Simd<double>::Part);
+      sum.part[2 * p + 1] += __builtin_convertvector(parts[1], Simd<double>::Part);
+    }
+  }
+}
+
+// Lane l + lane l ^ 16, then 8, 4, 2, 1: the order that CUDA's shuffles have, too.
+PEWTER_INLINE double SumLanes(const Simd<double>& sum) {
+  double lane[kLanes];
+  __builtin_memcpy(lane, &sum, sizeof(lane));
+  PEWTER_UNROLL for (int width = kLanes / 2; width > 0; width /= 2) {
+    PEWTER_UNROLL for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+  }
+  return lane[0];
+}
+
+template <class Op>
+void Reduce(const void* erased, const ReduceArgs& args) {
+  const Op& op = *static_cast<const Op*>(erased);
+  const auto draws = DrawsOf(op);
+  Padded padded;
+  for (int i = 0; i < op.groups() * Op::kTerms; ++i) args.sums[i] = 0;
+  WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
+    using V = Simd<C>;
+    for (int64_t row = 0; row < args.size; row += kReduceRow) {
+      const int64_t end = row + kReduceRow < args.size ? row + kReduceRow : args.size;
+      for (int g = 0; g < op.groups(); ++g) {
+        Simd<double> sums[Op::kTerms];
+        for (Simd<double>& sum : sums) sum = Simd<double>::Broadcast(0);
+        V terms[Op::kTerms];
+        for (int64_t at = row; at < end; at += kLanes) {
+          const bool whole = end - at >= kLanes;
+          if (!whole) [[unlikely]]
+            padded.Fill(args.in, op.inputs(), at, end - at, format.width());
+          const Run<C, Format, decltype(draws)> run{whole ? args.in : padded.in, format, draws,
+                                                    whole ? args.first : args.first + at,
+                                                    whole ? at : 0};
+          op(run, g, run[op.first(g)], run[op.second(g)], terms);
+          if (!whole) [[unlikely]] {
+            const Mask<C> exists = LanesBelow<C>(end - at);
+            PEWTER_UNROLL for (V& term : terms) term = Select(exists, term, V::Broadcast(0));
+          }
+          PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) Accumulate<C>(sums[t], terms[t]);
+        }
+        for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] += SumLanes(sums[t]);
+      }
+    }
+  });
+}
+
+// --- Histogram --------------------------------------------------------------------------------
+
+// Bit l says that lane l of `parts` is `value`.
+template <class C, class Part>
+PEWTER_INLINE uint32_t LanesEqual(const Part (&parts)[Simd<C>::kParts], uint64_t value) {
+  using Element = std::remove_cvref_t<decltype(parts[0][0])>;
+  Mask<C> equal;
+  PEWTER_UNROLL for (int p = 0; p < Simd<C>::kParts; ++p) {
+    equal.part[p] = parts[p] == static_cast<Element>(value);
+  }
+  return Bits(equal);
+}
+
+// Counts `lanes` of `magnitude` whose bits above the digit at `shift` are `prefix` (or `all`).
+template <class C>
+PEWTER_INLINE void CountRun(const Simd<C>& magnitude, uint32_t lanes, int shift, bool all,
+                            uint64_t prefix, uint64_t* bins) {
+  using Integer = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+  using Part = Vector<Integer, Simd<C>::kPartLanes>;
+  constexpr int kParts = Simd<C>::kParts;
+  Part keys[kParts];
+  PEWTER_UNROLL for (int p = 0; p < kParts; ++p) {
+    keys[p] = BitCast<Part>(magnitude.part[p]) >> shift;
+  }
+  if (!all) {
+    Part above[kParts];
+    PEWTER_UNROLL for (int p = 0; p < kParts; ++p) above[p] = keys[p] >> 16;
+    lanes &= LanesEqual<C>(above, prefix);
+    if (lanes == 0) return;
+    PEWTER_UNROLL for (int p = 0; p < kParts; ++p) keys[p] &= 0xffffu;
+  }
+  // Deltas of checkpoints are full of zeros and of a few repeated values. Counting those lanes
+  // together avoids chains of increments that each wait for the one before.
+  const uint32_t zeros = LanesEqual<C>(keys, 0) & lanes;
+  bins[0] += __builtin_popcount(zeros);
+  lanes &= ~zeros;
+  if (lanes == 0) return;
+  Vector<uint32_t, Simd<C>::kPartLanes> key[kParts];
+  PEWTER_UNROLL for (int p = 0; p < kParts; ++p) {
+    key[p] = __builtin_convertvector(keys[p], std::remove_cvref_t<decltype(key[p])>);
+  }
+  uint32_t bin[kLanes];
+  __builtin_memcpy(bin, key, sizeof(bin));
+  constexpr int kMany = 4;
+  const uint32_t leader = bin[__builtin_ctz(lanes)];
+  const uint32_t equal = LanesEqual<C>(keys, leader) & lanes;
+  if (const int count = __builtin_popcount(equal); count > kMany) {
+    bins[leader] += count;
+    lanes &= ~equal;
+  }
+  if (lanes == 0xffffffffu) {
+    PEWTER_UNROLL for (int l = 0; l < kLanes; ++l)++ bins[bin[l]];
+  } else {
+    for (; lanes != 0; lanes &= lanes - 1) ++bins[bin[__builtin_ctz(lanes)]];
+  }
+}
+
+template <class Op>
+void Histogram(const void* erased, const HistogramArgs& args) {
+  const Op& op = *static_cast<const Op*>(erased);
+  WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
+    const NoDraws draws;
+    Padded padded;
+    const int shift = static_cast<int>(8 * sizeof(C)) - 16 * (args.level + 1);
+    for (int64_t at = 0; at < args.size; at += kLanes) {
+      const int64_t rest = args.size - at;
+      const bool whole = rest >= kLanes;
+      if (!whole) [[unlikely]]
+        padded.Fill(args.in, op.inputs(), at, rest, format.width());
+      const Run<C, Format, NoDraws> run{whole ? args.in : padded.in, format, draws, 0,
+                                        whole ? at : 0};
+      CountRun<C>(op(run), whole ? 0xffffffffu : (1u << rest) - 1, shift, args.level == 0,
+                  args.prefix, args.bins);
+    }
+  });
+}
+
+// --- Checks -----------------------------------------------------------------------------------
+
+// Index of the first element whose bits without the sign exceed `largest`. I: signed.
+template <class I>
+int64_t FirstAbove(const void* data, int64_t size, I no_sign, I largest) {
+  constexpr int kPartLanes = kVectorBytes / sizeof(I);
+  constexpr int64_t kStep = 16 * kPartLanes;
+  using Part = Vector<I, kPartLanes>;
+  const char* bytes = static_cast<const char*>(data);
+  int64_t at = 0;
+  for (; at + kStep <= size; at += kStep) {
+    Part bad = {};
+    PEWTER_UNROLL for (int p = 0; p < 16; ++p) {
+      bad |= (LoadUnaligned<Part>(bytes + (at + p * kPartLanes) * sizeof(I)) & no_sign) > largest;
+    }
+    uint64_t any = 0;
+    const auto words = BitCast<Vector<uint64_t, kVectorBytes / 8>>(bad);
+    PEWTER_UNROLL for (int w = 0; w < kVectorBytes / 8; ++w) any |= words[w];
+    if (any != 0) break;
+  }
+  for (; at < size; ++at) {
+    if ((LoadUnaligned<I>(bytes + at * sizeof(I)) & no_sign) > largest) return at;
+  }
+  return -1;
+}
+
+int64_t FindNonFinite(const void* data, DType dtype, int64_t size) {
+  switch (dtype) {
+    case DType::kF64:
+      return FirstAbove<int64_t>(data, size, 0x7fffffffffffffff, 0x7fefffffffffffff);
+    case DType::kF32:
+      return FirstAbove<int32_t>(data, size, 0x7fffffff, 0x7f7fffff);
+    case DType::kF16:
+      return FirstAbove<int16_t>(data, size, 0x7fff, 0x7bff);
+    case DType::kBF16:
+      return FirstAbove<int16_t>(data, size, 0x7fff, 0x7f7f);
+    case DType::kF8E4M3:
+      return FirstAbove<int8_t>(data, size, 0x7f, 0x7e);
+    case DType::kF8E5M2:
+      return FirstAbove<int8_t>(data, size, 0x7f, 0x7b);
+    default:
+      return -1;
+  }
+}
+
+template <class... Ops>
+constexpr KernelTable WithMaps(KernelTable table, const std::variant<Ops...>*) {
+  int i = 0;
+  ((table.map[i++] = &Map<Ops>), ...);
+  return table;
+}
+template <class... Ops>
+constexpr KernelTable WithReductions(KernelTable table, const std::variant<Ops...>*) {
+  int i = 0;
+  ((table.reduce[i++] = &Reduce<Ops>), ...);
+  return table;
+}
+template <class... Ops>
+constexpr KernelTable WithHistograms(KernelTable table, const std::variant<Ops...>*) {
+  int i = 0;
+  ((table.histogram[i++] = &Histogram<Ops>), ...);
+  return table;
+}
+
+}  // namespace
+}  // namespace PEWTER_CPU_ISA
+
+extern constinit const KernelTable PEWTER_CPU_TABLE = PEWTER_CPU_ISA::WithHistograms(
+    PEWTER_CPU_ISA::WithReductions(
+        PEWTER_CPU_ISA::WithMaps({.isa = PEWTER_STRING(PEWTER_CPU_ISA),
+                                  .map = {},
+                                  .reduce = {},
+                                  .histogram = {},
+                                  .convert = &PEWTER_CPU_ISA::ConvertElements,
+                                  .find_non_finite = &PEWTER_CPU_ISA::FindNonFinite},
+                                 static_cast<MapOp*>(nullptr)),
+        static_cast<ReduceOp*>(nullptr)),
+    static_cast<MagnitudeOp*>(nullptr));
+
+}  // namespace pewter::kernels::cpu

@@ -1,0 +1,88 @@
+// The boundary between pewter and libpewter_cuda.so, which holds everything that needs CUDA and is
+// loaded at run time: so pewter starts on machines without it and nothing is paid for it there.
+//
+// The library exports one function, pewter_cuda_plugin, which gives a table of functions. They
+// return 0 or a cudaError_t and throw nothing. Work of one Stream is ordered; a Stream is used by
+// one thread at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "kernels/ops/op_list.h"
+
+namespace pewter::kernels::cuda {
+
+// Raise the number whenever a struct or the meaning of a function here, or an op's meaning,
+// changes; a change of an op's layout changes the value by itself.
+inline constexpr uint64_t kPluginAbi =
+    (uint64_t{1} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
+
+struct Stream;
+
+// `op` is the op's place in its list, `op_data` the op. Views are device memory.
+struct MapCall {
+  int op;
+  const void* op_data;
+  int inputs;
+  const void* in[kMaxInputs];
+  DType in_dtype;
+  void* out;
+  DType out_dtype;
+  int64_t first;
+  int64_t size;
+};
+
+struct ReduceCall {
+  int op;
+  const void* op_data;
+  int inputs;
+  const void* in[kMaxInputs];
+  DType in_dtype;
+  int64_t first;
+  int64_t size;
+  int64_t blocks;
+  int terms;
+  double* sums;  // host: terms of each block, overwritten
+};
+
+struct HistogramCall {
+  int op;
+  const void* op_data;
+  int inputs;
+  const void* in[kMaxInputs];
+  DType in_dtype;
+  int64_t size;
+  int level;
+  uint64_t prefix;
+  uint64_t* bins;  // host: added to
+};
+
+struct Plugin {
+  const char* (*describe)(int error);
+  int (*device_count)(int* count);
+  int (*device_name)(int ordinal, char* name, int64_t bytes);
+
+  int (*open)(int ordinal, Stream** stream);
+  void (*close)(Stream* stream);
+
+  int (*allocate)(int ordinal, int64_t bytes, void** data);
+  void (*release)(int ordinal, void* data);
+  int (*allocate_host)(int ordinal, int64_t bytes, void** data);
+  void (*release_host)(int ordinal, void* data);
+
+  int (*upload)(Stream* stream, const void* host, void* device, int64_t bytes);
+  int (*download)(Stream* stream, const void* device, void* host, int64_t bytes);
+  int (*copy)(Stream* stream, const void* from, void* to, int64_t bytes);
+  int (*synchronize)(Stream* stream);
+
+  int (*map)(Stream* stream, const MapCall* call);
+  int (*reduce)(Stream* stream, const ReduceCall* call);
+  int (*histogram)(Stream* stream, const HistogramCall* call);
+};
+
+// Null when the library was built for another kPluginAbi.
+using PluginEntry = const Plugin* (*)(uint64_t abi);
+inline constexpr char kPluginEntryName[] = "pewter_cuda_plugin";
+
+}  // namespace pewter::kernels::cuda

@@ -1,0 +1,16 @@
+// The ops that each backend implements; adding an op is adding its header and its name here.
+#pragma once
+
+#include <variant>
+
+#include "kernels/ops/reduce_ops.h"
+#include "kernels/ops/task_vector.h"
+#include "kernels/ops/weighted_sum.h"
+
+namespace pewter::kernels {
+
+using MapOp = std::variant<WeightedSum, TaskVectorSum>;
+using ReduceOp = std::variant<DotNorms, DeltaAbsSums, CountEqualMagnitude>;
+using MagnitudeOp = std::variant<DeltaMagnitude>;
+
+}  // namespace pewter::kernels
