@@ -1,0 +1,90 @@
+#include "merge/plan/layout.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "base/status.h"
+#include "base/units.h"
+#include "merge/checkpoint/safetensors.h"
+
+namespace pewter {
+namespace {
+
+// Where the first operand of a tensor is stored: (file, offset).
+std::pair<int, int64_t> StoredAt(const Plan& plan, const PlanTensor& tensor) {
+  const PlanInput& first = tensor.base ? *tensor.base : tensor.inputs.front();
+  const PlanModel& model = plan.models[first.model];
+  return {model.file_base + model.checkpoint->FileOf(first.tensor),
+          model.checkpoint->Find(first.tensor)->offset};
+}
+
+void SortAsStored(Plan& plan) {
+  using Key = std::tuple<int, int64_t, std::string, size_t>;
+  std::vector<Key> keys;
+  keys.reserve(plan.tensors.size());
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const auto [file, offset] = StoredAt(plan, plan.tensors[i]);
+    keys.emplace_back(file, offset, plan.tensors[i].name, i);
+  }
+  std::sort(keys.begin(), keys.end());
+  std::vector<PlanTensor> sorted;
+  sorted.reserve(keys.size());
+  for (const Key& key : keys) sorted.push_back(std::move(plan.tensors[std::get<3>(key)]));
+  plan.tensors = std::move(sorted);
+}
+
+}  // namespace
+
+absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
+  SortAsStored(plan);
+  int64_t total = 0;
+  int64_t in_shard = 0;
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    PlanTensor& tensor = plan.tensors[i];
+    ASSIGN_OR_RETURN(tensor.bytes, CheckedMul(tensor.shape.elements(), ByteWidth(tensor.dtype)));
+    ASSIGN_OR_RETURN(total, CheckedAdd(total, tensor.bytes));
+    if (plan.shards.empty() || in_shard + tensor.bytes > shard_bytes) {
+      plan.shards.emplace_back();
+      in_shard = 0;
+    }
+    in_shard += tensor.bytes;
+    tensor.shard = static_cast<int>(plan.shards.size()) - 1;
+    plan.shards.back().tensors.push_back(static_cast<int>(i));
+  }
+
+  const int count = static_cast<int>(plan.shards.size());
+  nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
+  for (int s = 0; s < count; ++s) {
+    PlanShard& shard = plan.shards[s];
+    shard.file = count == 1 ? "model.safetensors"
+                            : absl::StrFormat("model-%05d-of-%05d.safetensors", s + 1, count);
+    std::vector<TensorInfo> infos;
+    for (int index : shard.tensors) {
+      const PlanTensor& tensor = plan.tensors[index];
+      infos.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
+    }
+    ASSIGN_OR_RETURN(shard.header, LayOutSafetensors(infos, {{"format", "pt"}}));
+    shard.bytes = static_cast<int64_t>(shard.header.size());
+    for (size_t i = 0; i < infos.size(); ++i) {
+      PlanTensor& tensor = plan.tensors[shard.tensors[i]];
+      tensor.offset = infos[i].offset;
+      shard.bytes += tensor.bytes;
+      if (count > 1) weight_map[tensor.name] = shard.file;
+    }
+    plan.write_bytes += shard.bytes;
+  }
+  if (count > 1) {
+    const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},
+                                          {"weight_map", std::move(weight_map)}};
+    plan.index_json =
+        index.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace pewter

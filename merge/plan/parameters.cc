@@ -1,0 +1,306 @@
+#include "merge/plan/parameters.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/types/span.h"
+#include "base/nearest.h"
+#include "base/status.h"
+
+namespace pewter {
+namespace {
+
+std::string Describe(const ParamScalar& scalar) {
+  if (const bool* flag = std::get_if<bool>(&scalar)) return *flag ? "true" : "false";
+  if (const int64_t* number = std::get_if<int64_t>(&scalar)) return absl::StrCat(*number);
+  if (const double* number = std::get_if<double>(&scalar)) return absl::StrCat(*number);
+  return absl::StrCat("\"", std::get<std::string>(scalar), "\"");
+}
+
+absl::Status Wrong(const Param& param, TextPosition at, absl::string_view expected,
+                   absl::string_view got) {
+  return absl::InvalidArgumentError(absl::StrCat(at.ToString(), ": parameter `", param.name,
+                                                 "` must be ", expected, ", not ", got));
+}
+
+// A number, also from text ("5e-1" is text to YAML 1.1) and from true and false.
+std::optional<double> AsNumber(const ParamScalar& scalar) {
+  if (const bool* flag = std::get_if<bool>(&scalar)) return *flag ? 1 : 0;
+  if (const int64_t* number = std::get_if<int64_t>(&scalar)) return static_cast<double>(*number);
+  if (const double* number = std::get_if<double>(&scalar)) return *number;
+  double number = 0;
+  if (!absl::SimpleAtod(std::get<std::string>(scalar), &number) || !std::isfinite(number)) {
+    return std::nullopt;
+  }
+  return number;
+}
+
+std::optional<bool> AsFlag(const ParamScalar& scalar) {
+  if (const std::string* text = std::get_if<std::string>(&scalar)) {
+    for (absl::string_view word : {"yes", "on", "true", "y", "t", "1"}) {
+      if (absl::EqualsIgnoreCase(*text, word)) return true;
+    }
+    for (absl::string_view word : {"no", "off", "false", "n", "f", "0"}) {
+      if (absl::EqualsIgnoreCase(*text, word)) return false;
+    }
+    return std::nullopt;
+  }
+  const double number = *AsNumber(scalar);
+  if (number != 0 && number != 1) return std::nullopt;
+  return number == 1;
+}
+
+absl::StatusOr<ParamValue> NumberToValue(const Param& param, double number, TextPosition at) {
+  if (number < param.min || number > param.max) {
+    const std::string range = std::isinf(param.max) ? absl::StrCat("at least ", param.min)
+                              : std::isinf(param.min)
+                                  ? absl::StrCat("at most ", param.max)
+                                  : absl::StrCat("from ", param.min, " to ", param.max);
+    return Wrong(param, at, range, absl::StrCat(number));
+  }
+  if (param.type == ParamType::kFloat) return ParamValue(number);
+  constexpr double kExact = 9007199254740992.0;  // 2^53
+  if (number != std::floor(number) || std::abs(number) > kExact) {
+    return Wrong(param, at, "a whole number", absl::StrCat(number));
+  }
+  return ParamValue(static_cast<int64_t>(number));
+}
+
+absl::StatusOr<ParamValue> ScalarToValue(const Param& param, const ParamScalar& scalar,
+                                         TextPosition at) {
+  switch (param.type) {
+    case ParamType::kBool: {
+      const std::optional<bool> flag = AsFlag(scalar);
+      if (!flag) return Wrong(param, at, "true or false", Describe(scalar));
+      return ParamValue(*flag);
+    }
+    case ParamType::kInt:
+    case ParamType::kFloat: {
+      const std::optional<double> number = AsNumber(scalar);
+      if (!number) {
+        return Wrong(param, at, param.type == ParamType::kInt ? "a whole number" : "a number",
+                     Describe(scalar));
+      }
+      return NumberToValue(param, *number, at);
+    }
+    case ParamType::kString:
+      break;
+  }
+  const std::string* text = std::get_if<std::string>(&scalar);
+  std::string value = text != nullptr ? *text : Describe(scalar);
+  if (!param.choices.empty() && std::none_of(param.choices.begin(), param.choices.end(),
+                                             [&](const char* choice) { return value == choice; })) {
+    return Wrong(param, at, absl::StrCat("one of ", absl::StrJoin(param.choices, ", ")),
+                 Describe(scalar));
+  }
+  return ParamValue(std::move(value));
+}
+
+bool Matches(const ParamCase& condition, absl::string_view tensor) {
+  return condition.filter.empty() || condition.filter == "*" ||
+         absl::StrContains(tensor, condition.filter);
+}
+
+// Nullopt when the setting says nothing for this tensor.
+absl::StatusOr<std::optional<ParamValue>> Evaluate(const Param& param, const ParamSetting& setting,
+                                                   absl::string_view tensor, double t) {
+  for (const ParamCase& condition : setting.cases) {
+    if (!Matches(condition, tensor)) continue;
+    const auto count = static_cast<int64_t>(condition.values.size());
+    if (count == 0) return std::nullopt;
+    const double x = t * static_cast<double>(count - 1);
+    const auto index = static_cast<int64_t>(std::floor(x));
+    const bool interpolated = param.type == ParamType::kFloat || param.type == ParamType::kInt;
+    if (!interpolated || count == 1) {
+      return ScalarToValue(param, condition.values[index], condition.at);
+    }
+    const double fraction = x - static_cast<double>(index);
+    const std::optional<double> low = AsNumber(condition.values[index]);
+    const std::optional<double> high = AsNumber(condition.values[std::min(index + 1, count - 1)]);
+    if (!low || !high) return Wrong(param, condition.at, "a list of numbers", "text");
+    return NumberToValue(param, (1 - fraction) * *low + fraction * *high, condition.at);
+  }
+  return std::nullopt;
+}
+
+// The first level that says something.
+absl::StatusOr<std::optional<ParamValue>> Lookup(const Param& param,
+                                                 absl::Span<const ParamScope* const> levels,
+                                                 absl::string_view tensor, double t) {
+  for (const ParamScope* level : levels) {
+    if (level == nullptr) continue;
+    const auto setting = level->find(param.name);
+    if (setting == level->end()) continue;
+    ASSIGN_OR_RETURN(std::optional<ParamValue> value, Evaluate(param, setting->second, tensor, t));
+    if (value) return value;
+  }
+  if (const bool* flag = std::get_if<bool>(&param.fallback)) return ParamValue(*flag);
+  if (const auto* number = std::get_if<int64_t>(&param.fallback)) {
+    if (param.type == ParamType::kFloat) return ParamValue(static_cast<double>(*number));
+    return ParamValue(*number);
+  }
+  if (const auto* number = std::get_if<double>(&param.fallback)) return ParamValue(*number);
+  if (const auto* text = std::get_if<const char*>(&param.fallback)) {
+    return ParamValue(std::string(*text));
+  }
+  return std::nullopt;
+}
+
+// --- checking -----------------------------------------------------------------------------------
+
+enum class Level { kRecipe, kModule, kSlice, kModel };
+
+absl::string_view LevelName(Level level) {
+  switch (level) {
+    case Level::kRecipe:
+      return "the recipe";
+    case Level::kModule:
+      return "a module";
+    case Level::kSlice:
+      return "a slice";
+    case Level::kModel:
+      break;
+  }
+  return "a model";
+}
+
+bool Allowed(ParamScopeKind scope, Level level) {
+  switch (scope) {
+    case ParamScopeKind::kModel:
+      return true;
+    case ParamScopeKind::kTensor:
+      return level != Level::kModel;
+    case ParamScopeKind::kJob:
+      break;
+  }
+  return level == Level::kRecipe;
+}
+
+class ParameterChecker {
+ public:
+  ParameterChecker(const MergeMethod& method, std::vector<std::string>& warnings)
+      : method_(method), warnings_(warnings) {
+    for (const Param& param : method.params) names_.emplace_back(param.name);
+  }
+
+  absl::Status Check(const ParamScope& scope, Level level) {
+    for (const auto& [name, setting] : scope) {
+      const auto param = std::find_if(method_.params.begin(), method_.params.end(),
+                                      [&](const Param& p) { return name == p.name; });
+      if (param == method_.params.end()) {
+        Warn(setting, name, WhyUnknown(name));
+        continue;
+      }
+      if (!Allowed(param->scope, level)) {
+        Warn(setting, name,
+             absl::StrCat("is ignored under ", LevelName(level),
+                          param->scope == ParamScopeKind::kTensor
+                              ? "; it holds for all models: set it in `parameters` of the recipe, "
+                                "a module or a slice"
+                              : "; it holds for the whole job: set it in `parameters` of the "
+                                "recipe"));
+        continue;
+      }
+      if (param->no_effect) Warn(setting, name, absl::StrCat("has no effect in ", method_.name));
+      for (const ParamCase& condition : setting.cases) {
+        for (const ParamScalar& scalar : condition.values) {
+          const auto value = ScalarToValue(*param, scalar, condition.at);
+          if (!value.ok()) return value.status();
+        }
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  void Warn(const ParamSetting& setting, absl::string_view name, absl::string_view why) {
+    warnings_.push_back(absl::StrCat(setting.at.ToString(), ": parameter `", name, "` ", why));
+  }
+
+  std::string WhyUnknown(const std::string& name) const {
+    std::vector<absl::string_view> owners;
+    for (const MergeMethod* other : Methods()) {
+      for (const Param& param : other->params) {
+        if (name == param.name) owners.push_back(other->name);
+      }
+    }
+    const std::string ignored =
+        absl::StrCat("is ignored: ", method_.name, " has no such parameter");
+    if (owners.empty()) return absl::StrCat(ignored, DidYouMean(name, names_));
+    return absl::StrCat(ignored, " (", absl::StrJoin(owners, ", "),
+                        owners.size() == 1 ? " has)" : " have)");
+  }
+
+  const MergeMethod& method_;
+  std::vector<std::string>& warnings_;
+  std::vector<std::string> names_;
+};
+
+}  // namespace
+
+absl::Status CheckParameters(const Recipe& recipe, const MergeMethod& method,
+                             std::vector<std::string>& warnings) {
+  ParameterChecker checker(method, warnings);
+  RETURN_IF_ERROR(checker.Check(recipe.parameters, Level::kRecipe));
+  for (const RecipeModule& module : recipe.modules) {
+    RETURN_IF_ERROR(checker.Check(module.parameters, Level::kModule));
+    for (const RecipeSlice& slice : module.slices) {
+      RETURN_IF_ERROR(checker.Check(slice.parameters, Level::kSlice));
+      for (const RecipeSource& source : slice.sources) {
+        RETURN_IF_ERROR(checker.Check(source.parameters, Level::kModel));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ParamValues> TensorParameters(const MergeMethod& method, const ParamPlace& place,
+                                             absl::string_view output_tensor) {
+  ParamValues values;
+  for (const Param& param : method.params) {
+    if (param.scope == ParamScopeKind::kModel || param.no_effect) continue;
+    const bool job = param.scope == ParamScopeKind::kJob;
+    ASSIGN_OR_RETURN(
+        std::optional<ParamValue> value,
+        Lookup(param, {job ? nullptr : place.slice, job ? nullptr : place.module, place.recipe},
+               output_tensor, place.t));
+    if (value) {
+      values.emplace(param.name, *std::move(value));
+    } else if (std::holds_alternative<NoDefault>(param.fallback)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "parameter `", param.name, "`, which ", method.name, " needs, is not set for tensor ",
+          output_tensor, "; set it in `parameters` of the recipe"));
+    }
+  }
+  return values;
+}
+
+absl::StatusOr<ParamValues> ModelParameters(const MergeMethod& method, const ParamPlace& place,
+                                            const ParamScope* own, absl::string_view model,
+                                            absl::string_view source_tensor) {
+  ParamValues values;
+  for (const Param& param : method.params) {
+    if (param.scope != ParamScopeKind::kModel || param.no_effect) continue;
+    ASSIGN_OR_RETURN(
+        std::optional<ParamValue> value,
+        Lookup(param, {own, place.slice, place.module, place.recipe}, source_tensor, place.t));
+    if (value) {
+      values.emplace(param.name, *std::move(value));
+    } else if (std::holds_alternative<NoDefault>(param.fallback)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "parameter `", param.name, "`, which ", method.name, " needs, is not set for model ",
+          model, ", tensor ", source_tensor,
+          own == nullptr ? " (base_model is one of the inputs of this method; list it in `models`)"
+                         : "",
+          "; set it under the model or in `parameters` of the recipe"));
+    }
+  }
+  return values;
+}
+
+}  // namespace pewter

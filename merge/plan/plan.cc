@@ -1,0 +1,850 @@
+#include "merge/plan/plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/digest.h"
+#include "base/dtype_names.h"
+#include "base/status.h"
+#include "base/units.h"
+#include "kernels/backends.h"
+#include "merge/plan/layout.h"
+#include "merge/plan/output_files.h"
+#include "merge/plan/parameters.h"
+#include "merge/plan/tokenizer.h"
+
+namespace pewter {
+namespace {
+
+// Part of the fingerprint: raised when the same recipe and inputs give other bytes.
+constexpr absl::string_view kPlanFormat = "pewter-plan-1";
+constexpr size_t kNamesShown = 5;
+
+// Sorted names, shortened for a message.
+std::string Listed(const std::vector<std::string>& names) {
+  if (names.size() <= kNamesShown) return absl::StrJoin(names, ", ");
+  return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + kNamesShown, ", "), " and ",
+                      names.size() - kNamesShown, " more");
+}
+
+// A source of a slice with its model opened and its layers known.
+struct Source {
+  int model = 0;
+  int64_t first_layer = 0;
+  const ParamScope* parameters = nullptr;  // null: base_model that the recipe does not list
+};
+
+struct Slice {
+  std::vector<Source> sources;
+  int base = -1;  // index into `sources` when the method takes the base out of its inputs
+  int64_t layers = 0;
+  ParamPlace place;
+  std::string where;  // "recipe:5:3"
+};
+
+// A stored tensor of one model that takes part in an output tensor.
+struct Operand {
+  int source = 0;      // index into Slice::sources
+  std::string tensor;  // name in the checkpoint
+  const TensorInfo* info = nullptr;
+};
+
+class Planner {
+ public:
+  Planner(const Recipe& recipe, const PlanOptions& options) : recipe_(recipe) {
+    plan_.options = options;
+    plan_.recipe_text = recipe.text;
+    plan_.warnings = recipe.warnings;
+  }
+
+  absl::StatusOr<Plan> Make() {
+    RETURN_IF_ERROR(ResolveOptions());
+    auto method = FindMethod(recipe_.merge_method);
+    if (!method.ok()) {
+      return Annotate(method.status(), recipe_.merge_method_at.ToString());
+    }
+    method_ = *method;
+    plan_.method = method_->name;
+    RETURN_IF_ERROR(CheckParameters(recipe_, *method_, plan_.warnings));
+    RETURN_IF_ERROR(OpenModels());
+    RETURN_IF_ERROR(FindArchitecture());
+    RETURN_IF_ERROR(SetUpTokenizer());
+    RETURN_IF_ERROR(PlanModules());
+    if (plan_.tensors.empty()) {
+      return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
+    }
+    WarnOfFilters();
+    WarnOfCasts();
+    ListUnused();
+    RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
+    RETURN_IF_ERROR(AddFiles());
+    RETURN_IF_ERROR(EstimateMemory());
+    RETURN_IF_ERROR(MakeFingerprint());
+    if (plan_.options.strict && !plan_.warnings.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan_.warnings, "; ")));
+    }
+    return std::move(plan_);
+  }
+
+ private:
+  // --- options ---------------------------------------------------------------------------------
+
+  absl::Status ResolveOptions() {
+    PlanOptions& options = plan_.options;
+    if (options.memory_bytes < 0 || options.threads < 0 || options.shard_bytes <= 0) {
+      return absl::InvalidArgumentError(
+          "memory and threads must not be negative, and a shard needs at least one byte");
+    }
+    if (options.memory_bytes == 0) {
+      const int64_t ram = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+      options.memory_bytes = std::min(int64_t{4} << 30, ram / 4);
+    }
+    if (options.threads == 0) {
+      options.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    }
+    ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
+    options.device = device.ToString();
+    return absl::OkStatus();
+  }
+
+  // --- models ----------------------------------------------------------------------------------
+
+  absl::Status OpenModel(const ModelRef& ref) {
+    const std::string name = ref.ToString();
+    if (model_index_.contains(name)) return absl::OkStatus();
+    auto checkpoint = Checkpoint::Open(ref);
+    if (!checkpoint.ok()) {
+      return Annotate(checkpoint.status(), absl::StrCat(ref.at.ToString(), ": model ", name));
+    }
+    model_index_[name] = static_cast<int>(plan_.models.size());
+    plan_.models.push_back({.ref = name,
+                            .checkpoint = *checkpoint,
+                            .file_base = static_cast<int>(plan_.files.size())});
+    plan_.files.insert(plan_.files.end(), (*checkpoint)->files().begin(),
+                       (*checkpoint)->files().end());
+    return absl::OkStatus();
+  }
+
+  int ModelIndex(const ModelRef& ref) const { return model_index_.at(ref.ToString()); }
+  const Checkpoint& Model(int index) const { return *plan_.models[index].checkpoint; }
+
+  // Every distinct reference once, in the recipe's order; then bases; then a tokenizer's model,
+  // which is no input.
+  absl::Status OpenModels() {
+    for (const RecipeModule& module : recipe_.modules) {
+      for (const RecipeSlice& slice : module.slices) {
+        for (const RecipeSource& source : slice.sources) RETURN_IF_ERROR(OpenModel(source.model));
+      }
+    }
+    if (recipe_.base_model) RETURN_IF_ERROR(OpenModel(*recipe_.base_model));
+    for (const RecipeModule& module : recipe_.modules) {
+      for (const RecipeSlice& slice : module.slices) {
+        if (slice.base_model) RETURN_IF_ERROR(OpenModel(*slice.base_model));
+      }
+    }
+    input_models_ = static_cast<int>(plan_.models.size());
+    if (recipe_.tokenizer_model) RETURN_IF_ERROR(OpenModel(*recipe_.tokenizer_model));
+    base_ = recipe_.base_model ? ModelIndex(*recipe_.base_model) : -1;
+    donor_ = base_ >= 0 ? base_ : 0;
+    return absl::OkStatus();
+  }
+
+  std::vector<std::shared_ptr<const Checkpoint>> Inputs() const {
+    std::vector<std::shared_ptr<const Checkpoint>> inputs;
+    for (int i = 0; i < input_models_; ++i) inputs.push_back(plan_.models[i].checkpoint);
+    return inputs;
+  }
+
+  absl::Status FindArchitecture() {
+    // The donor comes first: with allow_mixed its layout is used for all.
+    std::vector<std::shared_ptr<const Checkpoint>> inputs = Inputs();
+    std::rotate(inputs.begin(), inputs.begin() + donor_, inputs.begin() + donor_ + 1);
+    ASSIGN_OR_RETURN(architecture_, ResolveArchitecture(inputs, plan_.options.allow_mixed));
+    plan_.architecture = architecture_->name();
+    return absl::OkStatus();
+  }
+
+  // --- tokenizer -------------------------------------------------------------------------------
+
+  absl::Status SetUpTokenizer() {
+    tokenizer_donor_ = donor_;
+    if (!recipe_.tokenizer_from_base && !recipe_.tokenizer_model) return WarnOfVocabularies();
+    if (Model(donor_).raw()) {
+      return RecipeAt(recipe_.tokenizer_at, "raw checkpoints have no tokenizer");
+    }
+    if (recipe_.tokenizer_model) tokenizer_donor_ = ModelIndex(*recipe_.tokenizer_model);
+    const auto inputs = Inputs();
+    auto alignment =
+        TokenAlignment::Make(inputs, base_, Model(tokenizer_donor_), Model(donor_), plan_.warnings);
+    if (!alignment.ok()) return Annotate(alignment.status(), recipe_.tokenizer_at.ToString());
+    alignment_ = *std::move(alignment);
+    return absl::OkStatus();
+  }
+
+  // Without a tokenizer setting rows are merged by index, whatever they stand for.
+  absl::Status WarnOfVocabularies() {
+    if (Model(donor_).raw()) return absl::OkStatus();
+    for (int i = 0; i < input_models_; ++i) {
+      if (i == donor_) continue;
+      ASSIGN_OR_RETURN(const bool differ, VocabulariesDiffer(Model(donor_), Model(i)));
+      if (!differ) continue;
+      plan_.warnings.push_back(absl::StrCat(
+          "models ", plan_.models[donor_].ref, " and ", plan_.models[i].ref,
+          " give tokens different ids; rows of vocabulary tensors are merged by id. Set "
+          "`tokenizer_source` to merge them by token"));
+    }
+    return absl::OkStatus();
+  }
+
+  // --- slices ----------------------------------------------------------------------------------
+
+  static absl::Status RecipeAt(TextPosition at, absl::string_view message) {
+    return absl::InvalidArgumentError(absl::StrCat(at.ToString(), ": ", message));
+  }
+
+  absl::Status PlanModules() {
+    const auto& modules = architecture_->modules();
+    const auto names = [&] {
+      std::vector<std::string> result;
+      for (const auto& module : modules) result.push_back(module->name());
+      return result;
+    };
+    if (recipe_.has_modules_key) {
+      for (const RecipeModule& own : recipe_.modules) {
+        const auto found = std::find_if(modules.begin(), modules.end(),
+                                        [&](const auto& m) { return m->name() == own.name; });
+        if (found == modules.end()) {
+          return RecipeAt(own.at,
+                          absl::StrCat("architecture ", architecture_->name(), " has no module \"",
+                                       own.name, "\"; it has ", Listed(names())));
+        }
+        RETURN_IF_ERROR(PlanModule(**found, own));
+      }
+      for (const auto& module : modules) {
+        const bool listed =
+            std::any_of(recipe_.modules.begin(), recipe_.modules.end(),
+                        [&](const RecipeModule& own) { return own.name == module->name(); });
+        if (!listed) {
+          plan_.warnings.push_back(absl::StrCat("module \"", module->name(),
+                                                "\" is not in the recipe and so not in the "
+                                                "output"));
+        }
+      }
+      return absl::OkStatus();
+    }
+    const RecipeModule& only = recipe_.modules.front();
+    if (!only.from_models && modules.size() > 1) {
+      return RecipeAt(only.at,
+                      absl::StrCat("architecture ", architecture_->name(), " has several modules (",
+                                   Listed(names()), "): write `modules: {NAME: {slices: ...}}`"));
+    }
+    for (const auto& module : modules) RETURN_IF_ERROR(PlanModule(*module, only));
+    return absl::OkStatus();
+  }
+
+  absl::Status PlanModule(const ArchModule& module, const RecipeModule& recipe) {
+    std::vector<Slice> slices;
+    for (const RecipeSlice& slice : recipe.slices) {
+      ASSIGN_OR_RETURN(Slice resolved, ResolveSlice(module, recipe, slice));
+      slices.push_back(std::move(resolved));
+    }
+
+    ModuleLayers layers{.module = &module};
+    for (const ArchTensor& tensor : module.pre()) {
+      RETURN_IF_ERROR(PlanSame(tensor, slices.front(), /*t=*/0));
+    }
+    for (const Slice& slice : slices) {
+      for (int64_t i = 0; i < slice.layers; ++i) {
+        const double t = slice.layers == 1
+                             ? 1.0
+                             : static_cast<double>(i) / static_cast<double>(slice.layers - 1);
+        RETURN_IF_ERROR(PlanLayer(module, slice, i, static_cast<int64_t>(layers.layers.size()), t));
+        layers.layers.push_back(
+            {.model = slice.sources[0].model, .layer = slice.sources[0].first_layer + i});
+      }
+    }
+    for (const ArchTensor& tensor : module.post()) {
+      RETURN_IF_ERROR(PlanSame(tensor, slices.back(), /*t=*/0));
+    }
+    layers_.push_back(std::move(layers));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Slice> ResolveSlice(const ArchModule& module, const RecipeModule& recipe_module,
+                                     const RecipeSlice& recipe) {
+    Slice slice;
+    slice.place = {.slice = &recipe.parameters,
+                   .module = &recipe_module.parameters,
+                   .recipe = &recipe_.parameters};
+    slice.where = recipe.at.ToString();
+
+    std::vector<int64_t> lengths;
+    const auto add = [&](const ModelRef& ref, const ParamScope* parameters,
+                         const std::optional<std::pair<int64_t, int64_t>>& range) -> absl::Status {
+      const int model = ModelIndex(ref);
+      for (const Source& other : slice.sources) {
+        if (other.model == model) {
+          return RecipeAt(ref.at,
+                          absl::StrCat("model ", ref.ToString(), " is listed twice in one merge"));
+        }
+      }
+      ASSIGN_OR_RETURN(const int64_t layers, module.LayerCount(Model(model)));
+      if (range && range->second > layers) {
+        return RecipeAt(ref.at, absl::StrCat("layer_range [", range->first, ", ", range->second,
+                                             "] is beyond model ", ref.ToString(), ", which has ",
+                                             layers, " layers"));
+      }
+      slice.sources.push_back(
+          {.model = model, .first_layer = range ? range->first : 0, .parameters = parameters});
+      lengths.push_back(range ? range->second - range->first : layers);
+      return absl::OkStatus();
+    };
+    for (const RecipeSource& source : recipe.sources) {
+      RETURN_IF_ERROR(add(source.model, &source.parameters, source.layer_range));
+    }
+
+    const std::optional<ModelRef>& base =
+        recipe.base_model ? recipe.base_model : recipe_.base_model;
+    if (base) RETURN_IF_ERROR(PlaceBase(*base, recipe_module.from_models, add, slice));
+    if (!base && method_->base == BaseUse::kRequired) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(slice.where, ": ", method_->name, " needs a `base_model`"));
+    }
+
+    for (size_t i = 1; i < lengths.size(); ++i) {
+      if (lengths[i] == lengths[0]) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          slice.where, ": all sources of a slice must have the same number of layers; model ",
+          plan_.models[slice.sources[0].model].ref, " has ", lengths[0], " and model ",
+          plan_.models[slice.sources[i].model].ref, " has ", lengths[i]));
+    }
+    slice.layers = lengths[0];
+
+    const int inputs = static_cast<int>(slice.sources.size()) - (slice.base >= 0 ? 1 : 0);
+    if (inputs < method_->min_inputs || inputs > method_->max_inputs) {
+      const std::string expected =
+          method_->min_inputs == method_->max_inputs ? absl::StrCat("exactly ", method_->min_inputs)
+          : inputs < method_->min_inputs ? absl::StrCat("at least ", method_->min_inputs)
+                                         : absl::StrCat("at most ", method_->max_inputs);
+      return absl::InvalidArgumentError(
+          absl::StrCat(slice.where, ": ", method_->name, " takes ", expected, " model",
+                       method_->min_inputs == 1 && method_->max_inputs == 1 ? "" : "s",
+                       slice.base >= 0 ? " besides the base model" : "", ", not ", inputs));
+    }
+    return slice;
+  }
+
+  // Finds the base among the sources or, below `models:`, appends it; notes it when the method
+  // takes it out of its inputs.
+  template <typename Add>
+  absl::Status PlaceBase(const ModelRef& base, bool from_models, const Add& add, Slice& slice) {
+    const int model = ModelIndex(base);
+    const auto find = [&] {
+      const auto it = std::find_if(slice.sources.begin(), slice.sources.end(),
+                                   [&](const Source& source) { return source.model == model; });
+      return it == slice.sources.end() ? -1 : static_cast<int>(it - slice.sources.begin());
+    };
+    int index = find();
+    if (index < 0 && from_models) {
+      RETURN_IF_ERROR(add(base, nullptr, std::nullopt));
+      index = find();
+      if (method_->base == BaseUse::kInput) {
+        plan_.warnings.push_back(absl::StrCat("base_model ", base.ToString(),
+                                              " is not listed in `models`; for ", method_->name,
+                                              " it is one of the inputs"));
+      }
+    }
+    if (method_->base == BaseUse::kInput) return absl::OkStatus();
+    if (index < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(slice.where, ": base_model ", base.ToString(),
+                       " must be one of the sources of every slice (with the layers that stand "
+                       "for the base)"));
+    }
+    slice.base = index;
+    return absl::OkStatus();
+  }
+
+  // --- tensors ---------------------------------------------------------------------------------
+
+  absl::Status PlanSame(const ArchTensor& tensor, const Slice& slice, double t) {
+    return PlanTensorOf(tensor, std::vector<ArchTensor>(slice.sources.size(), tensor), slice, t);
+  }
+
+  absl::Status PlanLayer(const ArchModule& module, const Slice& slice, int64_t offset,
+                         int64_t output_layer, double t) {
+    const std::vector<ArchTensor> outputs = module.LayerTensors(output_layer);
+    std::vector<std::vector<ArchTensor>> sources;
+    for (const Source& source : slice.sources) {
+      sources.push_back(module.LayerTensors(source.first_layer + offset));
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      std::vector<ArchTensor> inputs;
+      for (std::vector<ArchTensor>& tensors : sources) inputs.push_back(std::move(tensors[i]));
+      RETURN_IF_ERROR(PlanTensorOf(outputs[i], inputs, slice, t));
+    }
+    return absl::OkStatus();
+  }
+
+  // The name under which a model stores a tensor; empty when it does not.
+  static std::string StoredName(const Checkpoint& model, const ArchTensor& tensor, bool with_tied) {
+    if (model.Find(tensor.name) != nullptr) return tensor.name;
+    for (const std::string& alias : tensor.aliases) {
+      if (model.Find(alias) != nullptr) return alias;
+    }
+    if (with_tied) {
+      for (const std::string& tied : tensor.tied_names) {
+        if (model.Find(tied) != nullptr) return tied;
+      }
+    }
+    return "";
+  }
+
+  // `inputs` has the tensor of each source of the slice, with the source's layer number.
+  absl::Status PlanTensorOf(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
+                            const Slice& slice, double t) {
+    bool any = false;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      known_names_.insert(inputs[i].name);
+      any = any || !StoredName(Model(slice.sources[i].model), inputs[i], false).empty();
+    }
+    known_names_.insert(output.name);
+    if (!any && output.optional) return absl::OkStatus();
+
+    std::vector<Operand> operands;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const Checkpoint& model = Model(slice.sources[i].model);
+      std::string name = StoredName(model, inputs[i], true);
+      if (name.empty()) {
+        if (output.optional) continue;
+        return absl::FailedPreconditionError(
+            absl::StrCat("model ", plan_.models[slice.sources[i].model].ref, " has no tensor ",
+                         inputs[i].name, ", which ", architecture_->name(), " needs"));
+      }
+      const TensorInfo* info = model.Find(name);
+      operands.push_back({.source = static_cast<int>(i), .tensor = std::move(name), .info = info});
+    }
+    if (operands.empty()) return absl::OkStatus();
+
+    const bool any_float = std::any_of(operands.begin(), operands.end(),
+                                       [](const Operand& o) { return IsFloat(o.info->dtype); });
+    if (!any_float) return PlanBuffer(output, operands, slice);
+    return PlanMerged(output, inputs, operands, slice, t);
+  }
+
+  absl::StatusOr<PlanInput> OpenInput(const Operand& operand, const Slice& slice) const {
+    PlanInput input;
+    input.model = slice.sources[operand.source].model;
+    input.tensor = operand.tensor;
+    const PlanModel& model = plan_.models[input.model];
+    ASSIGN_OR_RETURN(input.source, model.checkpoint->OpenTensor(operand.tensor, model.file_base));
+    return input;
+  }
+
+  std::string Name(const Operand& operand, const Slice& slice) const {
+    return absl::StrCat("model ", plan_.models[slice.sources[operand.source].model].ref,
+                        ", tensor ", operand.tensor);
+  }
+
+  absl::Status Mismatch(const ArchTensor& output, const Operand& a, const Operand& b,
+                        const Slice& slice, absl::string_view what, absl::string_view of_a,
+                        absl::string_view of_b, absl::string_view hint) const {
+    return absl::FailedPreconditionError(absl::StrCat("tensor ", output.name, ": ", what, "; ",
+                                                      Name(a, slice), " has ", of_a, ", ",
+                                                      Name(b, slice), " has ", of_b, hint));
+  }
+
+  // Tensors that are not floating (position ids, counters) are copied when all agree.
+  absl::Status PlanBuffer(const ArchTensor& output, const std::vector<Operand>& operands,
+                          const Slice& slice) {
+    ASSIGN_OR_RETURN(PlanInput first, OpenInput(operands[0], slice));
+    for (size_t i = 1; i < operands.size(); ++i) {
+      const TensorInfo& a = *operands[0].info;
+      const TensorInfo& b = *operands[i].info;
+      const auto differ = [&](absl::string_view of_a, absl::string_view of_b) {
+        return Mismatch(output, operands[0], operands[i], slice,
+                        "tensors that are not floating are copied and must be equal in all models",
+                        of_a, of_b, "");
+      };
+      if (a.dtype != b.dtype) return differ(SafetensorsName(a.dtype), SafetensorsName(b.dtype));
+      if (!(a.shape == b.shape)) return differ(a.shape.ToString(), b.shape.ToString());
+      ASSIGN_OR_RETURN(const PlanInput other, OpenInput(operands[i], slice));
+      ASSIGN_OR_RETURN(const bool equal, EqualBytes(*first.source, *other.source));
+      if (!equal) return differ("some values", "others");
+    }
+    PlanTensor tensor;
+    tensor.name = output.name;
+    tensor.dtype = tensor.result_dtype = operands[0].info->dtype;
+    tensor.shape = operands[0].info->shape;
+    AddUsed(operands, slice);
+    tensor.inputs.push_back(std::move(first));
+    return AddTensor(std::move(tensor));
+  }
+
+  static absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b) {
+    constexpr int64_t kChunk = int64_t{1} << 17;
+    const int64_t width = ByteWidth(a.dtype());
+    const int64_t elements = a.shape().elements();
+    std::vector<std::byte> from_a(std::min(kChunk, elements) * width);
+    std::vector<std::byte> from_b(from_a.size());
+    for (int64_t first = 0; first < elements; first += kChunk) {
+      const int64_t count = std::min(kChunk, elements - first);
+      RETURN_IF_ERROR(a.Read(first, count, {from_a.data(), size_t(count * width)}, nullptr));
+      RETURN_IF_ERROR(b.Read(first, count, {from_b.data(), size_t(count * width)}, nullptr));
+      if (std::memcmp(from_a.data(), from_b.data(), count * width) != 0) return false;
+    }
+    return true;
+  }
+
+  absl::Status PlanMerged(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
+                          const std::vector<Operand>& operands, const Slice& slice, double t) {
+    const bool aligned = output.vocabulary && alignment_.has_value();
+    DType work = operands[0].info->dtype;
+    for (const Operand& operand : operands) {
+      if (!IsFloat(operand.info->dtype)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(Name(operand, slice), " is ", SafetensorsName(operand.info->dtype),
+                         ", which cannot be merged with the floating tensors of the other models"));
+      }
+      if (!aligned && !(operand.info->shape == operands[0].info->shape)) {
+        return Mismatch(output, operands[0], operand, slice, "shapes differ",
+                        operands[0].info->shape.ToString(), operand.info->shape.ToString(),
+                        output.vocabulary ? "; `tokenizer_source: base` merges vocabularies of "
+                                            "different size token by token"
+                                          : "");
+      }
+      work = Promote(work, operand.info->dtype);
+    }
+    if (recipe_.dtype) work = *recipe_.dtype;
+
+    PlanTensor tensor;
+    tensor.name = output.name;
+    tensor.shape = operands[0].info->shape;
+    tensor.result_dtype = work;
+    tensor.dtype = recipe_.out_dtype.value_or(work);
+
+    std::vector<int> models;
+    std::vector<std::shared_ptr<const TensorSource>> sources;
+    for (const Operand& operand : operands) {
+      ASSIGN_OR_RETURN(const PlanInput input, OpenInput(operand, slice));
+      models.push_back(input.model);
+      sources.push_back(CastSource(input.source, work));
+    }
+    if (aligned) {
+      auto views = alignment_->Align(models, sources);
+      if (!views.ok()) return Annotate(views.status(), absl::StrCat("tensor ", output.name));
+      sources = *std::move(views);
+      tensor.shape = sources[0]->shape();
+    }
+
+    const ParamPlace place = PlaceAt(slice, t);
+    bool base_missing = slice.base >= 0;
+    for (size_t i = 0; i < operands.size(); ++i) {
+      const Operand& operand = operands[i];
+      const Source& source = slice.sources[operand.source];
+      PlanInput input{.model = source.model, .tensor = operand.tensor, .source = sources[i]};
+      if (operand.source == slice.base) {
+        base_missing = false;
+        tensor.base = std::move(input);
+        continue;
+      }
+      ASSIGN_OR_RETURN(input.params, ModelParameters(*method_, place, source.parameters,
+                                                     plan_.models[source.model].ref,
+                                                     inputs[operand.source].name));
+      tensor.inputs.push_back(std::move(input));
+    }
+    ASSIGN_OR_RETURN(tensor.params, TensorParameters(*method_, place, output.name));
+    tensor.method = method_;
+    NoteNarrowing(operands, slice, work);
+    AddUsed(operands, slice);
+
+    // An optional tensor that not every model has.
+    if (operands.size() < inputs.size()) {
+      const int count = static_cast<int>(tensor.inputs.size());
+      if (operands.size() == 1 && (method_->single_input_passes || tensor.base)) {
+        PassThrough(tensor);
+      } else if (base_missing) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("tensor ", output.name, " is in some models and not in the base model ",
+                         plan_.models[slice.sources[slice.base].model].ref, ", which ",
+                         method_->name, " needs"));
+      } else if (count < method_->min_inputs) {
+        plan_.warnings.push_back(
+            absl::StrCat("tensor ", output.name, " is left out: ", operands.size(), " of ",
+                         inputs.size(), " models have it, too few for ", method_->name));
+        return absl::OkStatus();
+      }
+      plan_.warnings.push_back(absl::StrCat("tensor ", output.name, " is in ", operands.size(),
+                                            " of ", inputs.size(),
+                                            " models and merged from those"));
+    }
+    return AddTensor(std::move(tensor));
+  }
+
+  // The only operand is the result.
+  static void PassThrough(PlanTensor& tensor) {
+    if (tensor.base) {
+      tensor.inputs = {*std::move(tensor.base)};
+      tensor.base.reset();
+    }
+    tensor.inputs[0].params.clear();
+    tensor.params.clear();
+    tensor.method = nullptr;
+  }
+
+  static ParamPlace PlaceAt(const Slice& slice, double t) {
+    ParamPlace place = slice.place;
+    place.t = t;
+    return place;
+  }
+
+  absl::Status AddTensor(PlanTensor tensor) {
+    if (!output_names_.insert(tensor.name).second) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("two tensors of the output would be called ", tensor.name));
+    }
+    plan_.tensors.push_back(std::move(tensor));
+    return absl::OkStatus();
+  }
+
+  void AddUsed(const std::vector<Operand>& operands, const Slice& slice) {
+    for (const Operand& operand : operands) {
+      used_[slice.sources[operand.source].model].insert(operand.tensor);
+      plan_.read_bytes += operand.info->bytes;
+    }
+  }
+
+  // --- warnings --------------------------------------------------------------------------------
+
+  // Counts tensors whose values lose precision before the arithmetic. A plain conversion of one
+  // model is what `dtype` is for and says nothing.
+  void NoteNarrowing(const std::vector<Operand>& operands, const Slice& slice, DType work) {
+    if (slice.sources.size() < 2) return;
+    for (const Operand& operand : operands) {
+      if (Promote(operand.info->dtype, work) != work) {
+        ++narrowed_[{slice.sources[operand.source].model, operand.info->dtype}];
+      }
+    }
+  }
+
+  void WarnOfCasts() {
+    for (const auto& [key, count] : narrowed_) {
+      plan_.warnings.push_back(absl::StrCat(
+          count, " tensors of model ", plan_.models[key.first].ref, " are rounded from ",
+          TorchName(key.second), " to ", TorchName(*recipe_.dtype),
+          " (`dtype`) before they are merged; `out_dtype` rounds the result only"));
+    }
+  }
+
+  void WarnOfFilters() {
+    std::set<std::string> seen;
+    const auto check = [&](const ParamScope& scope) {
+      for (const auto& [name, setting] : scope) {
+        for (const ParamCase& condition : setting.cases) {
+          if (condition.filter.empty() || condition.filter == "*") continue;
+          if (!seen.insert(absl::StrCat(condition.at.ToString(), condition.filter)).second)
+            continue;
+          const bool matches =
+              std::any_of(known_names_.begin(), known_names_.end(), [&](const std::string& tensor) {
+                return absl::StrContains(tensor, condition.filter);
+              });
+          if (matches) continue;
+          plan_.warnings.push_back(absl::StrCat(condition.at.ToString(),
+                                                ": no tensor's name contains the filter \"",
+                                                condition.filter, "\" of parameter `", name, "`"));
+        }
+      }
+    };
+    check(recipe_.parameters);
+    for (const RecipeModule& module : recipe_.modules) {
+      check(module.parameters);
+      for (const RecipeSlice& slice : module.slices) {
+        check(slice.parameters);
+        for (const RecipeSource& source : slice.sources) check(source.parameters);
+      }
+    }
+  }
+
+  // Tensors that no output reads. Layers that slices leave out are meant; what the architecture
+  // does not know is warned of.
+  void ListUnused() {
+    for (int i = 0; i < input_models_; ++i) {
+      const Checkpoint& model = Model(i);
+      absl::flat_hash_set<std::string> known;
+      for (const auto& module : architecture_->modules()) {
+        const auto add = [&](const std::vector<ArchTensor>& tensors) {
+          for (const ArchTensor& tensor : tensors) {
+            known.insert(tensor.name);
+            known.insert(tensor.aliases.begin(), tensor.aliases.end());
+          }
+        };
+        add(module->pre());
+        add(module->post());
+        const int64_t layers = module->LayerCount(model).value_or(0);
+        for (int64_t layer = 0; layer < layers; ++layer) add(module->LayerTensors(layer));
+      }
+      std::vector<std::string> unused;
+      std::vector<std::string> unknown;
+      for (const std::string& tensor : model.tensor_names()) {
+        if (used_[i].contains(tensor)) continue;
+        unused.push_back(tensor);
+        if (!known.contains(tensor)) unknown.push_back(tensor);
+      }
+      if (!unknown.empty()) {
+        plan_.warnings.push_back(
+            absl::StrCat(unknown.size(), unknown.size() == 1 ? " tensor" : " tensors", " of model ",
+                         plan_.models[i].ref, " are not part of ", architecture_->name(),
+                         " and are left out: ", Listed(unknown)));
+      }
+      if (!unused.empty()) plan_.unused_tensors[plan_.models[i].ref] = std::move(unused);
+    }
+  }
+
+  // --- files, estimates, fingerprint -----------------------------------------------------------
+
+  absl::Status AddFiles() {
+    const bool raw = Model(donor_).raw();
+    if (!raw) {
+      ConfigChanges changes{.modules = layers_};
+      changes.dtype = OutputDType();
+      if (alignment_) changes.vocabulary_rows = alignment_->rows();
+      ASSIGN_OR_RETURN(plan_.config_json, MakeConfigJson(plan_, donor_, changes, plan_.warnings));
+      RETURN_IF_ERROR(AddCopiedFiles(donor_, tokenizer_donor_, *architecture_, plan_));
+    }
+    if (plan_.options.write_model_card) {
+      std::vector<int> models;
+      for (int i = 0; i < input_models_; ++i) models.push_back(i);
+      AddModelCard(recipe_, *method_, models, base_, plan_);
+    }
+    return absl::OkStatus();
+  }
+
+  // What the recipe asks for, else what all floating tensors have, if they agree.
+  std::optional<DType> OutputDType() const {
+    if (recipe_.out_dtype) return recipe_.out_dtype;
+    if (recipe_.dtype) return recipe_.dtype;
+    std::optional<DType> common;
+    for (const PlanTensor& tensor : plan_.tensors) {
+      if (!IsFloat(tensor.dtype)) continue;
+      if (common && *common != tensor.dtype) return std::nullopt;
+      common = tensor.dtype;
+    }
+    return common;
+  }
+
+  // Anonymous memory of a run: as much of half the budget as one lane a thread needs for tiles of
+  // every operand, a window of finished tiles, views' residents. The engine shrinks lanes and
+  // window to the budget; what cannot shrink is refused here.
+  absl::Status EstimateMemory() {
+    constexpr int64_t kTileElements = 256 * 1024;
+    constexpr int64_t kRing = int64_t{16} << 20;
+    int64_t tiles = 0;
+    int64_t resident = 0;
+    for (const PlanTensor& tensor : plan_.tensors) {
+      const auto operands = static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0);
+      const int64_t width = std::max<int64_t>(4, ByteWidth(tensor.result_dtype));
+      tiles = std::max(tiles, (operands + 1) * kTileElements * width);
+      for (const PlanInput& input : tensor.inputs) resident += input.source->resident_bytes();
+      if (tensor.base) resident += tensor.base->source->resident_bytes();
+      if (tensor.method == nullptr || tensor.method->whole_tensor_bytes_per_element == 0) continue;
+      ASSIGN_OR_RETURN(
+          const int64_t whole,
+          CheckedMul(tensor.shape.elements(), tensor.method->whole_tensor_bytes_per_element));
+      if (whole <= plan_.options.memory_bytes) continue;
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "tensor ", tensor.name, " ", tensor.shape.ToString(), " needs ", FormatBytes(whole),
+          " with ", tensor.method->name, " and the memory budget is ",
+          FormatBytes(plan_.options.memory_bytes), "; raise --memory"));
+    }
+    const int64_t least = resident + tiles + kRing;
+    if (least > plan_.options.memory_bytes) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the merge needs at least ", FormatBytes(least), " (", FormatBytes(resident),
+                       " of it for adapters and token maps) and the memory budget is ",
+                       FormatBytes(plan_.options.memory_bytes), "; raise --memory"));
+    }
+    plan_.peak_bytes =
+        std::min(plan_.options.memory_bytes, resident + tiles * plan_.options.threads + kRing);
+    return absl::OkStatus();
+  }
+
+  absl::Status MakeFingerprint() {
+    Sha256 digest;
+    const auto add = [&](absl::string_view text) {
+      digest.Update(absl::StrCat(text.size(), ":"));
+      digest.Update(text);
+    };
+    const auto add_stat = [&](const ObjectStat& stat) {
+      if (stat.etag.empty()) {
+        add(absl::StrCat(stat.size, " ", stat.mtime_ns));
+      } else {
+        add(stat.etag);
+      }
+    };
+    const PlanOptions& options = plan_.options;
+    add(kPlanFormat);
+    add(recipe_.text);
+    for (const auto& [key, value] : recipe_.overrides) {
+      add(key);
+      add(value);
+    }
+    // Reductions of a GPU and of a CPU agree within a tolerance only.
+    add(options.device == "cpu" ? "cpu" : "gpu");
+    add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.shard_bytes, " ",
+                     options.copy_tokenizer, " ", options.write_model_card));
+    for (const InputFile& file : plan_.files) {
+      add_stat(file.stat);
+      add(absl::StrCat(file.header_crc32c));
+    }
+    for (const PlanFile& file : plan_.aux_files) {
+      add(file.name);
+      add(file.text);
+      if (file.model < 0) continue;
+      ASSIGN_OR_RETURN(const ObjectStat stat, Model(file.model).store().Stat(file.name));
+      add_stat(stat);
+    }
+    add(plan_.config_json);
+    for (const PlanShard& shard : plan_.shards) {
+      add(shard.file);
+      add(shard.header);
+    }
+    plan_.fingerprint = digest.Finish();
+    return absl::OkStatus();
+  }
+
+  const Recipe& recipe_;
+  Plan plan_;
+  const MergeMethod* method_ = nullptr;
+  absl::flat_hash_map<std::string, int> model_index_;
+  int input_models_ = 0;  // plan_.models begins with these
+  int base_ = -1;
+  int donor_ = 0;  // of config.json: the base, else the first listed
+  int tokenizer_donor_ = 0;
+  std::shared_ptr<const Architecture> architecture_;
+  std::optional<TokenAlignment> alignment_;
+  std::vector<ModuleLayers> layers_;
+  absl::flat_hash_set<std::string> output_names_;
+  absl::flat_hash_set<std::string> known_names_;          // what filters see
+  std::map<int, absl::flat_hash_set<std::string>> used_;  // by model
+  std::map<std::pair<int, DType>, int64_t> narrowed_;     // by model and stored dtype
+};
+
+}  // namespace
+
+absl::StatusOr<Plan> MakePlan(const Recipe& recipe, const PlanOptions& options) {
+  return Planner(recipe, options).Make();
+}
+
+}  // namespace pewter
