@@ -24,15 +24,15 @@ class Server:
     """pewterd with its own data folder, on a free port of this machine."""
 
     def __init__(self, binary, data):
+        self.address_file = data / "address"
         self.log = open(data.parent / "pewterd.log", "w+")
         self.process = subprocess.Popen([binary, "serve", "--listen", "127.0.0.1:0", "--data", data], stdout=self.log, stderr=self.log)
 
     def __enter__(self):
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(r"127\.0\.0\.1:[1-9]\d*", pathlib.Path(self.log.name).read_text())
-            if found:
-                self.address = found[0]
+            if self.address_file.exists():
+                self.address = self.address_file.read_text().strip()
                 return self
             time.sleep(0.01)
         raise RuntimeError("pewterd did not start:\n" + pathlib.Path(self.log.name).read_text())
