@@ -1,0 +1,377 @@
+#include "merge/recipe/recipe.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "tests/support/matchers.h"
+
+namespace pewter {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using testing::IsOk;
+using ::testing::StartsWith;
+using testing::StatusIs;
+
+constexpr char kModels[] = "models:\n  - model: ./a\n  - model: ./b\n";
+
+// A recipe of two models with more keys after them.
+std::string With(absl::string_view more) {
+  return absl::StrCat("merge_method: linear\n", kModels, more);
+}
+
+absl::StatusOr<Recipe> Parse(absl::string_view text) { return ParseRecipe(text); }
+
+absl::StatusOr<ParamSetting> Parameter(absl::string_view value) {
+  const auto recipe = Parse(With(absl::StrCat("parameters:\n  p: ", value, "\n")));
+  if (!recipe.ok()) return recipe.status();
+  return recipe->parameters.at("p");
+}
+
+auto InvalidAt(absl::string_view position, absl::string_view part) {
+  return StatusIs(absl::StatusCode::kInvalidArgument,
+                  AllOf(StartsWith(absl::StrCat(position, ": ")), HasSubstr(std::string(part))));
+}
+
+TEST(RecipeTest, ReadsModels) {
+  const auto recipe = Parse(
+      "merge_method: ties\n"
+      "base_model: ./base\n"
+      "models:\n"
+      "  - model: org/a@main+./lora@v2\n"
+      "    parameters: {weight: 0.5, density: [0.1, 0.9]}\n"
+      "  - model: ./b\n"
+      "parameters: {normalize: yes}\n"
+      "dtype: torch.bfloat16\n"
+      "out_dtype: float32\n");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->merge_method, "ties");
+  EXPECT_EQ(recipe->base_model->path, "./base");
+  EXPECT_EQ(recipe->dtype, DType::kBF16);
+  EXPECT_EQ(recipe->out_dtype, DType::kF32);
+  ASSERT_EQ(recipe->modules.size(), 1u);
+  EXPECT_TRUE(recipe->modules[0].from_models);
+  EXPECT_FALSE(recipe->has_modules_key);
+  const RecipeSlice& slice = recipe->modules[0].slices.at(0);
+  ASSERT_EQ(slice.sources.size(), 2u);
+  const ModelRef& model = slice.sources[0].model;
+  EXPECT_EQ(model.path, "org/a");
+  EXPECT_EQ(model.revision, "main");
+  EXPECT_EQ(model.adapter, "./lora");
+  EXPECT_EQ(model.adapter_revision, "v2");
+  EXPECT_EQ(model.ToString(), "org/a@main+./lora@v2");
+  EXPECT_EQ(model.at.line, 4);
+  EXPECT_EQ(model.at.column, 12);
+  const ParamSetting& density = slice.sources[0].parameters.at("density");
+  ASSERT_EQ(density.cases.size(), 1u);
+  EXPECT_TRUE(density.cases[0].gradient);
+  EXPECT_THAT(density.cases[0].values, ElementsAre(ParamScalar(0.1), ParamScalar(0.9)));
+  EXPECT_EQ(recipe->parameters.at("normalize").cases[0].values[0], ParamScalar(true));
+  EXPECT_THAT(recipe->warnings, IsEmpty());
+}
+
+TEST(RecipeTest, ReadsModelMappings) {
+  const auto recipe = Parse(
+      "merge_method: linear\n"
+      "models:\n"
+      "  - model:\n"
+      "      model: {path: ./odd@name+x, revision: main}\n"
+      "      lora: {path: ./lora}\n"
+      "      override_architecture: LlamaForCausalLM\n"
+      "  - model: {model: ./plain}\n");
+  ASSERT_THAT(recipe, IsOk());
+  const auto& sources = recipe->modules[0].slices[0].sources;
+  EXPECT_EQ(sources[0].model.path, "./odd@name+x");
+  EXPECT_EQ(sources[0].model.revision, "main");
+  EXPECT_EQ(sources[0].model.adapter, "./lora");
+  EXPECT_EQ(sources[0].model.override_architecture, "LlamaForCausalLM");
+  EXPECT_EQ(sources[1].model.path, "./plain");
+}
+
+TEST(RecipeTest, ReadsSlicesAndModules) {
+  const auto recipe = Parse(
+      "merge_method: passthrough\n"
+      "modules:\n"
+      "  decoder:\n"
+      "    parameters: {scale: 2}\n"
+      "    slices:\n"
+      "      - sources: [{model: ./a, layer_range: [0, 2]}]\n"
+      "        base_model: ./c\n"
+      "        parameters: {scale: 3}\n"
+      "      - sources: [{model: ./b, layer_range: [1, 4], parameters: {scale: 4}}]\n"
+      "  encoder:\n"
+      "    models: [{model: ./a}]\n");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_TRUE(recipe->has_modules_key);
+  ASSERT_EQ(recipe->modules.size(), 2u);
+  const RecipeModule& decoder = recipe->modules[0];
+  EXPECT_EQ(decoder.name, "decoder");
+  EXPECT_FALSE(decoder.from_models);
+  EXPECT_TRUE(decoder.parameters.contains("scale"));
+  ASSERT_EQ(decoder.slices.size(), 2u);
+  EXPECT_EQ(decoder.slices[0].base_model->path, "./c");
+  EXPECT_EQ(decoder.slices[0].sources[0].layer_range, std::make_pair(int64_t{0}, int64_t{2}));
+  EXPECT_EQ(decoder.slices[1].sources[0].layer_range, std::make_pair(int64_t{1}, int64_t{4}));
+  EXPECT_TRUE(recipe->modules[1].from_models);
+}
+
+TEST(RecipeTest, ReadsEveryFormOfParameter) {
+  auto scalar = Parameter("0.25");
+  ASSERT_THAT(scalar, IsOk());
+  EXPECT_THAT(scalar->cases[0].values, ElementsAre(ParamScalar(0.25)));
+  EXPECT_FALSE(scalar->cases[0].gradient);
+
+  auto one = Parameter("{filter: mlp, value: [1, 2]}");
+  ASSERT_THAT(one, IsOk());
+  EXPECT_EQ(one->cases[0].filter, "mlp");
+  EXPECT_TRUE(one->cases[0].gradient);
+
+  auto several = Parameter("[{filter: self_attn, value: 1}, {filter: '*', value: 2}, {value: 3}]");
+  ASSERT_THAT(several, IsOk());
+  ASSERT_EQ(several->cases.size(), 3u);
+  EXPECT_EQ(several->cases[1].filter, "*");
+  EXPECT_EQ(several->cases[2].filter, "");
+
+  auto nothing = Parameter("[]");
+  ASSERT_THAT(nothing, IsOk());
+  EXPECT_THAT(nothing->cases[0].values, IsEmpty());
+}
+
+TEST(RecipeTest, ScalarsAreThoseOfYaml11) {
+  const auto value = [](absl::string_view text) { return Parameter(text)->cases[0].values[0]; };
+  EXPECT_EQ(value("yes"), ParamScalar(true));
+  EXPECT_EQ(value("Off"), ParamScalar(false));
+  EXPECT_EQ(value("5e-1"), ParamScalar(0.5));
+  EXPECT_EQ(value("1.0e-5"), ParamScalar(1e-5));
+  EXPECT_EQ(value("-.5"), ParamScalar(-0.5));
+  EXPECT_EQ(value("1_000"), ParamScalar(int64_t{1000}));
+  EXPECT_EQ(value("0x10"), ParamScalar(int64_t{16}));
+  EXPECT_EQ(value("010"), ParamScalar(int64_t{8}));
+  EXPECT_EQ(value("0b101"), ParamScalar(int64_t{5}));
+  EXPECT_EQ(value("'0.5'"), ParamScalar(std::string("0.5")));
+  EXPECT_EQ(value("!!str 1"), ParamScalar(std::string("1")));
+  EXPECT_EQ(value("y"), ParamScalar(std::string("y")));
+  EXPECT_EQ(value("nan"), ParamScalar(std::string("nan")));
+  EXPECT_EQ(value("9223372036854775808"), ParamScalar(9223372036854775808.0));
+  EXPECT_THAT(Parameter(".inf"), InvalidAt("recipe:6:6", "finite"));
+  EXPECT_THAT(Parameter(".nan"), InvalidAt("recipe:6:6", "finite"));
+  EXPECT_THAT(Parameter("!!python/object:os.system x"), InvalidAt("recipe:6:6", "tag"));
+}
+
+TEST(RecipeTest, AnchorsAndMergeKeys) {
+  const auto recipe = Parse(
+      "merge_method: linear\n"
+      "defaults: &d {weight: 1, density: 2}\n"
+      "more: &m {density: 3, gamma: 4}\n"
+      "models:\n"
+      "  - &first\n"
+      "    model: ./a\n"
+      "    parameters:\n"
+      "      <<: [*d, *m]\n"
+      "      weight: 9\n"
+      "  - <<: *first\n"
+      "    model: ./b\n");
+  ASSERT_THAT(recipe, IsOk());
+  for (const RecipeSource& source : recipe->modules[0].slices[0].sources) {
+    const auto value = [&](const char* name) {
+      return source.parameters.at(name).cases[0].values[0];
+    };
+    EXPECT_EQ(value("weight"), ParamScalar(int64_t{9}));   // own keys win
+    EXPECT_EQ(value("density"), ParamScalar(int64_t{2}));  // earlier mappings win
+    EXPECT_EQ(value("gamma"), ParamScalar(int64_t{4}));
+  }
+  EXPECT_EQ(recipe->modules[0].slices[0].sources[1].model.path, "./b");
+  EXPECT_THAT(Parse(With("parameters: {<<: 3}\n")), InvalidAt("recipe:5:14", "`<<`"));
+}
+
+TEST(RecipeTest, UnknownKeysAreWarned) {
+  const auto recipe = Parse(
+      "merge_method: linear\n"
+      "nonsense: 3\n"
+      "dtyp: float32\n"
+      "models:\n"
+      "  - model: ./a\n"
+      "    weight: 1\n");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_THAT(recipe->warnings,
+              ElementsAre(AllOf(StartsWith("recipe:2:1: "), HasSubstr("nonsense")),
+                          AllOf(StartsWith("recipe:3:1: "), HasSubstr("did you mean \"dtype\"")),
+                          AllOf(StartsWith("recipe:6:5: "), HasSubstr("weight"))));
+}
+
+TEST(RecipeTest, LastOfEqualKeysCounts) {
+  const auto recipe = Parse("merge_method: ties\nmerge_method: linear\nmodels: [{model: ./a}]\n");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->merge_method, "linear");
+  EXPECT_THAT(recipe->warnings,
+              ElementsAre(AllOf(StartsWith("recipe:2:1: "), HasSubstr("recipe:1:1"))));
+}
+
+TEST(RecipeTest, Tokenizer) {
+  const auto base = Parse(With("tokenizer_source: base\n"));
+  ASSERT_THAT(base, IsOk());
+  EXPECT_TRUE(base->tokenizer_from_base);
+  const auto model = Parse(With("tokenizer: {source: ./b}\n"));
+  ASSERT_THAT(model, IsOk());
+  EXPECT_FALSE(model->tokenizer_from_base);
+  EXPECT_EQ(model->tokenizer_model->path, "./b");
+}
+
+struct Refused {
+  const char* text;
+  const char* position;
+  const char* part;
+};
+
+class RefusedTest : public ::testing::TestWithParam<Refused> {};
+
+TEST_P(RefusedTest, NamesPlaceAndReason) {
+  EXPECT_THAT(Parse(GetParam().text), InvalidAt(GetParam().position, GetParam().part));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Recipe, RefusedTest,
+    ::testing::Values(
+        Refused{"", "recipe:1:1", "must be a mapping"}, Refused{"- a\n", "recipe:1:1", "a list"},
+        Refused{"models: [{model: ./a}]\n", "recipe:1:1", "`merge_method` is missing"},
+        Refused{"merge_method: [linear]\nmodels: [{model: ./a}]\n", "recipe:1:15", "must be text"},
+        Refused{"merge_method: linear\n", "recipe:1:1", "exactly one of"},
+        Refused{"merge_method: linear\nmodels: []\n", "recipe:1:1", "there is none"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: []}]\n",
+                "recipe:1:1", "there are several"},
+        Refused{"merge_method: linear\nmodels: {model: a}\n", "recipe:2:9", "must be a list"},
+        Refused{"merge_method: linear\nmodels: [a]\n", "recipe:2:10", "a mapping with `model`"},
+        Refused{"merge_method: linear\nmodels: [{parameters: {}}]\n", "recipe:2:10",
+                "has no `model`"},
+        Refused{"merge_method: linear\nmodels: [{model: a+b+c}]\n", "recipe:2:18",
+                "more than one '+'"},
+        Refused{"merge_method: linear\nmodels: [{model: a@b@c}]\n", "recipe:2:18",
+                "more than one '@'"},
+        Refused{"merge_method: linear\nmodels: [{model: '+c'}]\n", "recipe:2:18", "an empty part"},
+        Refused{"merge_method: linear\nmodels: [{model: {lora: b}}]\n", "recipe:2:18",
+                "has no `model`"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\ndtype: int7\n", "recipe:3:8",
+                "bfloat16"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nparameters: [1]\n", "recipe:3:13",
+                "must be a mapping"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nparameters: {t: }\n", "recipe:3:17",
+                "not nothing"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nparameters: {t: [[1]]}\n",
+                "recipe:3:18", "not a list"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nparameters: {t: {filter: x}}\n",
+                "recipe:3:17", "has no `value`"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nparameters: {t: [{value: 1}, 2]}\n",
+                "recipe:3:30", "{filter, value}"},
+        Refused{"merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "recipe:2:21",
+                "layer_range"},
+        Refused{"merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, -1]}]}]\n",
+                "recipe:2:45", "no layers"},
+        Refused{"merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1, 2]}]}]\n",
+                "recipe:2:45", "two whole numbers"},
+        Refused{"merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1.5]}]}]\n",
+                "recipe:2:45", "two whole numbers"},
+        Refused{"merge_method: linear\nslices: [{}]\n", "recipe:2:10", "without `sources`"},
+        Refused{"merge_method: linear\nmodules: {d: {models: [], slices: []}}\n", "recipe:2:14",
+                "exactly one"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: base\n"
+                "tokenizer: {source: base}\n",
+                "recipe:4:12", "both"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: union\n",
+                "recipe:3:19", "union"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer: {}\n", "recipe:3:12",
+                "union"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: base, tokens: {x: {source: a}}}\n",
+                "recipe:3:27", "`tokens` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: base, pad_to_multiple_of: 64}\n",
+                "recipe:3:27", "`pad_to_multiple_of` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nchat_template: auto\n", "recipe:3:1",
+                "`chat_template` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nalign: {method: cca}\n", "recipe:3:1",
+                "`align` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\narithmetic: dtype\n", "recipe:3:1",
+                "`arithmetic` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: {shard_size: 5GB}\n",
+                "recipe:3:1", "`output` is not supported"},
+        Refused{"a: 1\n---\nb: 2\n", "recipe:2:1", "second document"},
+        Refused{"merge_method: [\n", "recipe:2:1", "not YAML"},
+        Refused{"a: *nowhere\n", "recipe:1:4", "not YAML"},
+        Refused{"a: &x [1, *x]\n", "recipe:1:11", "alias inside"},
+        Refused{"? [a]\n: b\n", "recipe:1:3", "a key must be text"},
+        Refused{"a: b\nc: \xff\n", "recipe:2:4", "not UTF-8"},
+        Refused{"a: \xed\xa0\x80\n", "recipe:1:4", "not UTF-8"}));
+
+TEST(RecipeTest, HostileDocumentsAreRefused) {
+  std::string bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n";
+  for (int i = 1; i < 12; ++i) {
+    absl::StrAppend(&bomb, "a", i, ": &a", i, " [");
+    for (int j = 0; j < 10; ++j) absl::StrAppend(&bomb, "*a", i - 1, ", ");
+    absl::StrAppend(&bomb, "]\n");
+  }
+  EXPECT_THAT(Parse(bomb), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("aliases")));
+
+  std::string merges = "m: &m {";
+  for (int i = 0; i < 1000; ++i) absl::StrAppend(&merges, "k", i, ": 1, ");
+  absl::StrAppend(&merges, "}\nl:\n");
+  for (int i = 0; i < 1000; ++i) absl::StrAppend(&merges, "  - {<<: *m}\n");
+  EXPECT_THAT(Parse(merges),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("more values")));
+
+  EXPECT_THAT(Parse(std::string(100'000, '[')),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("nested too deep")));
+  std::string nested;
+  for (int i = 0; i < 2000; ++i) absl::StrAppend(&nested, "- ");
+  EXPECT_THAT(Parse(nested), InvalidAt("recipe:1:129", "nested too deep"));
+  EXPECT_THAT(Parse(std::string((1 << 20) + 1, ' ')),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("at most")));
+  EXPECT_THAT(Parse(std::string("a: \0b\n", 7)), InvalidAt("recipe:1:4", "NUL"));
+}
+
+TEST(RecipeTest, Overrides) {
+  const std::string text =
+      "merge_method: linear\n"
+      "models:\n"
+      "  - &m {model: ./a, parameters: {weight: 1}}\n"
+      "  - <<: *m\n"
+      "    model: ./b\n";
+  const auto recipe = ParseRecipe(text, {{"dtype", "float16"},
+                                         {"parameters.normalize", "no"},
+                                         {"models.0.parameters.weight", "[0, 1]"}});
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->text, text);
+  EXPECT_EQ(recipe->dtype, DType::kF16);
+  EXPECT_EQ(recipe->parameters.at("normalize").cases[0].values[0], ParamScalar(false));
+  EXPECT_EQ(recipe->parameters.at("normalize").at.ToString(), "--set");
+  const auto& sources = recipe->modules[0].slices[0].sources;
+  EXPECT_TRUE(sources[0].parameters.at("weight").cases[0].gradient);
+  EXPECT_FALSE(sources[1].parameters.at("weight").cases[0].gradient);  // shared before
+
+  const auto fails = [&](const char* key, const char* value, const char* part) {
+    EXPECT_THAT(
+        ParseRecipe(text, {{key, value}}),
+        StatusIs(absl::StatusCode::kInvalidArgument, AllOf(StartsWith("--set"), HasSubstr(part))));
+  };
+  fails("", "1", "empty key");
+  fails("models.7.model", "./c", "number of a list item");
+  fails("merge_method.x", "1", "inside");
+  fails("dtype", "[", "not YAML");
+  fails("dtype", "7", "bfloat16");
+}
+
+TEST(RecipeTest, ParsesModelRefs) {
+  EXPECT_EQ(ParseModelRef("hf://org/name@v1")->revision, "v1");
+  EXPECT_EQ(ParseModelRef("a+b")->adapter, "b");
+  EXPECT_FALSE(ParseModelRef("").ok());
+  EXPECT_FALSE(ParseModelRef("a@").ok());
+}
+
+}  // namespace
+}  // namespace pewter
