@@ -8,18 +8,17 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
 #include <list>
-#include <random>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status.h"
 #include "base/units.h"
@@ -217,20 +216,20 @@ class FileStore::Writer final : public ObjectWriter {
     }
     const std::string name = std::filesystem::path(path).filename().string();
     RemoveStaleTemporaries(folder, name);
-    std::random_device random;
+    static std::atomic<int64_t> counter{0};
     for (;;) {
-      std::string temporary = absl::StrFormat("%s/.%s.%08x%s", folder, name,
-                                              static_cast<uint32_t>(random()), kTemporarySuffix);
+      std::string temporary =
+          absl::StrCat(folder, "/.", name, ".", getpid(), "-", ++counter, kTemporarySuffix);
       Descriptor descriptor(OpenRetry(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666));
       if (!descriptor.valid()) {
         if (errno == EEXIST) continue;
         return ErrnoStatus(errno, "create", path);
       }
-      // Another writer may have taken the new file for a stale one before it was locked.
-      if (flock(descriptor.get(), LOCK_EX) != 0 || fstat(descriptor.get(), &st) != 0) {
-        return ErrnoStatus(errno, "lock", temporary);
+      // Where files cannot be locked, nobody can take this one for a stale one.
+      while (flock(descriptor.get(), LOCK_EX) != 0 && errno == EINTR) {
       }
-      if (st.st_nlink == 0) continue;
+      if (fstat(descriptor.get(), &st) != 0) return ErrnoStatus(errno, "create", path);
+      if (st.st_nlink == 0) continue;  // another writer did so before the lock
       return std::unique_ptr<ObjectWriter>(new Writer(std::move(key), std::move(path),
                                                       std::move(temporary), std::move(descriptor),
                                                       std::move(descriptors)));

@@ -4,7 +4,7 @@
 // files neither lock each other out nor run out of descriptors. A cached descriptor keeps reading
 // the file that it opened, even when another process replaces that file.
 //
-// A writer fills ".NAME.RANDOM.pewter-tmp" beside the object and renames it at Commit, after fsync.
+// A writer fills ".NAME.PID-N.pewter-tmp" beside the object and renames it at Commit, after fsync.
 // The writer holds a lock on that file; what a killed process leaves behind is recognised by the
 // missing lock and removed by the next writer of the same key. Full disk or quota:
 // ResourceExhausted; EACCES, EPERM, EROFS: PermissionDenied.

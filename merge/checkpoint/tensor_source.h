@@ -18,7 +18,7 @@
 namespace pewter {
 
 // Is told of every byte that is read from a stored file, in any order, possibly from several
-// threads at once.
+// threads at once. What is read twice is told twice.
 class ReadObserver {
  public:
   virtual ~ReadObserver() = default;
@@ -37,7 +37,8 @@ class TensorSource {
   // bytes). `observer` may be null.
   virtual absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                             ReadObserver* observer) const = 0;
-  // Host bytes that the view keeps while it exists (LoRA factors).
+  // Host bytes that reading the view takes besides `out` and small scratch (LoRA factors). They are
+  // shared by concurrent reads and freed soon after the last one.
   virtual int64_t resident_bytes() const { return 0; }
 };
 

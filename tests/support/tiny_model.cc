@@ -1,27 +1,15 @@
 #include "tests/support/tiny_model.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <cstring>
-#include <fstream>
+#include <filesystem>
 #include <random>
-#include <sstream>
 
 #include "kernels/backend.h"
 #include "merge/checkpoint/safetensors.h"
 
 namespace pewter::testing {
-
-TempFolder::TempFolder() {
-  std::string pattern = ::testing::TempDir() + "pewter.XXXXXX";
-  path_ = mkdtemp(pattern.data());
-}
-
-TempFolder::~TempFolder() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
 
 TinyTensor RandomTensor(const std::string& name, DType dtype, Shape shape, int seed, double scale) {
   std::mt19937 engine(seed);
@@ -85,18 +73,6 @@ void WriteSafetensors(const std::string& path, const std::vector<TinyTensor>& te
   std::string bytes = *header;
   for (const TinyTensor& tensor : tensors) bytes += Store(tensor);
   WriteFile(path, bytes);
-}
-
-void WriteFile(const std::string& path, const std::string& text) {
-  std::filesystem::create_directories(std::filesystem::path(path).parent_path());
-  std::ofstream(path, std::ios::binary) << text;
-}
-
-std::string ReadFile(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
 }
 
 std::map<std::string, TinyTensor> ReadTensors(const std::string& path) {

@@ -2,29 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "base/dtype.h"
 #include "base/shape.h"
+#include "tests/support/temp_folder.h"
 
 namespace pewter::testing {
-
-// A folder that is removed at the end of the test.
-class TempFolder {
- public:
-  TempFolder();
-  ~TempFolder();
-  TempFolder(const TempFolder&) = delete;
-  TempFolder& operator=(const TempFolder&) = delete;
-  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-  std::string path() const { return path_.string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // A tensor's values; stored as `dtype`, rounded to nearest even (floating types) or truncated (the
 // others).
@@ -40,8 +26,6 @@ TinyTensor RandomTensor(const std::string& name, DType dtype, Shape shape, int s
                         double scale = 1);
 
 void WriteSafetensors(const std::string& path, const std::vector<TinyTensor>& tensors);
-void WriteFile(const std::string& path, const std::string& text);
-std::string ReadFile(const std::string& path);
 
 // All tensors of a .safetensors file, or of all of them in a folder, widened to double.
 std::map<std::string, TinyTensor> ReadTensors(const std::string& path);

@@ -1,0 +1,52 @@
+// The contract of ObjectStore on every store.
+#include "store/file_store.h"
+#include "store/hub_cache_store.h"
+#include "tests/contract/object_store_contract.h"
+#include "tests/support/hub_cache.h"
+#include "tests/support/temp_folder.h"
+
+namespace pewter::testing {
+namespace {
+
+class FileFixture final : public ObjectStoreFixture {
+ public:
+  ObjectStore& store() override { return store_; }
+  void Put(const std::string& key, const std::string& content) override {
+    folder_.Write(absl::StrCat("root/", key), content);
+  }
+
+ private:
+  TempFolder folder_;
+  FileStore store_{folder_ / "root"};
+};
+
+std::unique_ptr<ObjectStoreFixture> MakeFile() { return std::make_unique<FileFixture>(); }
+
+INSTANTIATE_TEST_SUITE_P(File, ObjectStoreReading, ::testing::Values(&MakeFile));
+INSTANTIATE_TEST_SUITE_P(File, ObjectStoreWriting, ::testing::Values(&MakeFile));
+
+class HubFixture final : public ObjectStoreFixture {
+ public:
+  HubFixture() {
+    cache_.AddRef("org/model", "main", kCommit);
+    std::filesystem::create_directories(
+        absl::StrCat(cache_.path(), "/models--org--model/snapshots/", kCommit));
+    store_ = OpenStore("hf://org/model").value();
+  }
+  ObjectStore& store() override { return *store_; }
+  void Put(const std::string& key, const std::string& content) override {
+    cache_.AddFile("org/model", kCommit, key, content);
+  }
+
+ private:
+  static constexpr char kCommit[] = "0123456789abcdef0123456789abcdef01234567";
+  HubCache cache_;
+  std::shared_ptr<ObjectStore> store_;
+};
+
+std::unique_ptr<ObjectStoreFixture> MakeHub() { return std::make_unique<HubFixture>(); }
+
+INSTANTIATE_TEST_SUITE_P(HubCache, ObjectStoreReading, ::testing::Values(&MakeHub));
+
+}  // namespace
+}  // namespace pewter::testing
