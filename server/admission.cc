@@ -1,0 +1,238 @@
+#include "server/admission.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "server/convert.h"
+#include "server/digest.h"
+#include "server/errors.h"
+#include "server/random_token.h"
+
+namespace pewter::server {
+namespace {
+
+constexpr size_t kMaxRecipeBytes = 1 << 20;
+constexpr size_t kMaxLabels = 64;
+constexpr size_t kMaxLabelKey = 63;
+constexpr size_t kMaxLabelValue = 255;
+constexpr size_t kMaxRequestId = 128;
+constexpr size_t kMaxUri = 4096;
+constexpr int kMaxPriority = 1000;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxOverrides = 1000;
+
+class Violations {
+ public:
+  void Add(absl::string_view reason, absl::string_view field, std::string description) {
+    if (list_.empty()) reason_ = std::string(reason);
+    list_.push_back({std::string(field), std::move(description)});
+  }
+  // The reason is that of the first violation.
+  absl::Status ToStatus() const {
+    return list_.empty() ? absl::OkStatus() : BadRequestError(reason_, list_);
+  }
+
+ private:
+  std::string reason_;
+  std::vector<FieldViolation> list_;
+};
+
+bool IsUri(absl::string_view path) {
+  return absl::StartsWith(path, "/") || absl::StartsWith(path, "file://") ||
+         absl::StartsWith(path, "hf://");
+}
+
+// The file that an absolute path or file:// URI names, links resolved as far as it exists, so that
+// equal places have equal keys. Nothing for other places.
+std::optional<std::string> LocalKey(absl::string_view uri) {
+  absl::ConsumePrefix(&uri, "file://");
+  if (!absl::StartsWith(uri, "/") || absl::StrContains(uri, absl::string_view("\0", 1))) {
+    return std::nullopt;
+  }
+  const std::filesystem::path path{std::string(uri)};
+  std::error_code error;
+  std::filesystem::path key = std::filesystem::weakly_canonical(path, error);
+  if (error) key = path.lexically_normal();
+  // "/a/" has an empty last part.
+  if (!key.has_filename()) key = key.parent_path();
+  return key.string();
+}
+
+void CheckOptions(const v1::MergeOptions& options, Violations& violations) {
+  constexpr absl::string_view kReason = "FIELD_INVALID";
+  if (options.memory_bytes() < 0) {
+    violations.Add(kReason, "options.memory_bytes", "must not be negative");
+  }
+  if (options.threads() < 0 || options.threads() > kMaxThreads) {
+    violations.Add(kReason, "options.threads", absl::StrCat("must be 0 to ", kMaxThreads));
+  }
+  if (options.shard_bytes() < 0) {
+    violations.Add(kReason, "options.shard_bytes", "must not be negative");
+  }
+  absl::string_view device = options.device();
+  int index = 0;
+  if (!device.empty() && device != "auto" && device != "cpu" && device != "cuda" &&
+      !(absl::ConsumePrefix(&device, "cuda:") && absl::SimpleAtoi(device, &index) && index >= 0)) {
+    violations.Add(kReason, "options.device",
+                   absl::StrCat("\"", options.device(), "\": write auto, cpu, cuda or cuda:N"));
+  }
+  if (options.overrides_size() > kMaxOverrides) {
+    violations.Add(kReason, "options.overrides", absl::StrCat("must be at most ", kMaxOverrides));
+    return;
+  }
+  for (int i = 0; i < options.overrides_size(); ++i) {
+    if (options.overrides(i).key().empty()) {
+      violations.Add(kReason, absl::StrCat("options.overrides[", i, "].key"), "must not be empty");
+    }
+  }
+}
+
+bool CheckRecipeText(const std::string& recipe, Violations& violations) {
+  if (recipe.empty()) {
+    violations.Add("RECIPE_INVALID", "recipe", "must not be empty");
+    return false;
+  }
+  if (recipe.size() > kMaxRecipeBytes) {
+    violations.Add("RECIPE_INVALID", "recipe",
+                   absl::StrCat("has ", recipe.size(), " bytes; at most 1 MiB is read"));
+    return false;
+  }
+  return true;
+}
+
+void CheckPaths(const std::vector<RecipePath>& paths, Violations& violations) {
+  for (const RecipePath& path : paths) {
+    if (IsUri(path.path)) continue;
+    violations.Add("RELATIVE_PATH", "recipe",
+                   absl::StrCat(path.at.ToString(), ": model \"", path.path,
+                                "\" is neither an absolute path nor a file:// or hf:// URI, and "
+                                "the server has no working directory of yours; write ",
+                                "/PATH/", path.path, " or hf://", path.path));
+  }
+}
+
+void CheckLabels(const google::protobuf::Map<std::string, std::string>& labels,
+                 absl::string_view field, Violations& violations) {
+  if (labels.size() > kMaxLabels) {
+    violations.Add("FIELD_INVALID", field, absl::StrCat("must be at most ", kMaxLabels));
+  }
+  for (const auto& [key, value] : labels) {
+    if (key.empty() || key.size() > kMaxLabelKey) {
+      violations.Add("FIELD_INVALID", field,
+                     absl::StrCat("keys have 1 to ", kMaxLabelKey, " bytes"));
+    }
+    if (value.size() > kMaxLabelValue) {
+      violations.Add("FIELD_INVALID", absl::StrCat(field, "[", key.substr(0, kMaxLabelKey), "]"),
+                     absl::StrCat("has more than ", kMaxLabelValue, " bytes"));
+    }
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
+  Violations violations;
+  CheckOptions(request.options(), violations);
+  CheckLabels(request.labels(), "labels", violations);
+  if (std::abs(int64_t{request.priority()}) > kMaxPriority) {
+    violations.Add("FIELD_INVALID", "priority",
+                   absl::StrCat("must be -", kMaxPriority, " to ", kMaxPriority));
+  }
+  const std::string& request_id = request.request_id();
+  if (request_id.size() > kMaxRequestId ||
+      !std::all_of(request_id.begin(), request_id.end(), absl::ascii_isgraph)) {
+    violations.Add("FIELD_INVALID", "request_id",
+                   absl::StrCat("must be at most ", kMaxRequestId, " printable characters"));
+  }
+
+  const std::string& destination = request.destination_uri();
+  std::optional<std::string> key;
+  if (destination.empty()) {
+    violations.Add("DESTINATION_INVALID", "destination_uri", "must not be empty");
+  } else if (destination.size() > kMaxUri) {
+    violations.Add("DESTINATION_INVALID", "destination_uri", "is too long");
+  } else if (absl::StartsWith(destination, "hf://")) {
+    violations.Add("DESTINATION_INVALID", "destination_uri",
+                   "a hub is read-only; write an absolute path or a file:// URI");
+  } else {
+    key = LocalKey(destination);
+    if (!key) {
+      violations.Add("DESTINATION_INVALID", "destination_uri",
+                     absl::StrCat("\"", destination,
+                                  "\" is neither an absolute path nor a file:// URI, and the "
+                                  "server has no working directory of yours"));
+    } else if (*key == "/") {
+      violations.Add("DESTINATION_INVALID", "destination_uri", "is the root folder");
+    }
+  }
+
+  if (CheckRecipeText(request.recipe(), violations)) {
+    const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
+    if (!recipe.ok()) {
+      violations.Add("RECIPE_INVALID", "recipe", std::string(recipe.status().message()));
+    } else {
+      const std::vector<RecipePath> paths = PathsOf(*recipe);
+      CheckPaths(paths, violations);
+      for (const RecipePath& path : paths) {
+        if (key && LocalKey(path.path) == key) {
+          violations.Add("DESTINATION_INVALID", "destination_uri",
+                         absl::StrCat("is an input of the recipe (", path.at.ToString(), ")"));
+          break;
+        }
+      }
+    }
+  }
+  if (absl::Status status = violations.ToStatus(); !status.ok()) return status;
+
+  NewJob admitted;
+  admitted.job.set_id(absl::StrCat("j", RandomHex(10)));
+  admitted.job.set_request_id(request.request_id());
+  admitted.job.set_recipe(request.recipe());
+  admitted.job.set_destination_uri(destination);
+  *admitted.job.mutable_labels() = request.labels();
+  admitted.job.set_priority(request.priority());
+  *admitted.job.mutable_options() = request.options();
+  v1::CreateJobRequest body = request;
+  body.clear_request_id();
+  admitted.request_digest = DigestOf(body);
+  admitted.destination_key = *key;
+  return admitted;
+}
+
+absl::Status CheckListJobs(const v1::ListJobsRequest& request) {
+  Violations violations;
+  if (request.page_size() < 0) {
+    violations.Add("FIELD_INVALID", "page_size", "must not be negative");
+  }
+  CheckLabels(request.filter().labels(), "filter.labels", violations);
+  for (const int state : request.filter().states()) {
+    if (state == v1::JOB_STATE_UNSPECIFIED || !v1::JobState_IsValid(state)) {
+      violations.Add("FIELD_INVALID", "filter.states",
+                     absl::StrCat(state, " is not a state of a job"));
+    }
+  }
+  return violations.ToStatus();
+}
+
+absl::Status CheckPlanMerge(const v1::PlanMergeRequest& request) {
+  Violations violations;
+  if (request.page_size() < 0) {
+    violations.Add("FIELD_INVALID", "page_size", "must not be negative");
+  }
+  CheckOptions(request.options(), violations);
+  if (CheckRecipeText(request.recipe(), violations)) {
+    const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
+    if (recipe.ok()) CheckPaths(PathsOf(*recipe), violations);
+  }
+  return violations.ToStatus();
+}
+
+}  // namespace pewter::server

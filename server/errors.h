@@ -1,0 +1,52 @@
+// Errors of the service: absl::Status whose payloads are the google.rpc details, keyed by type URL.
+//
+// So an error keeps its details through every layer and becomes a gRPC status with
+// grpc-status-details-bin, and back, without a table. Every error that leaves the server has one
+// ErrorInfo with domain "pewter.dev".
+#pragma once
+
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "grpcpp/support/status.h"
+
+namespace pewter::server {
+
+struct FieldViolation {
+  std::string field;  // path in the request: "options.memory_bytes"
+  std::string description;
+};
+
+absl::Status MakeError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
+                       const std::map<std::string, std::string>& metadata = {});
+
+// InvalidArgument with one BadRequest that holds all violations; there is at least one.
+absl::Status BadRequestError(absl::string_view reason,
+                             const std::vector<FieldViolation>& violations);
+
+// Tells the client when to try again.
+absl::Status WithRetry(absl::Status status, absl::Duration delay);
+
+// ErrorInfo.reason, empty when there is none.
+std::string ReasonOf(const absl::Status& status);
+
+// Message and details are cut to what fits into gRPC's default limit on metadata (8 KiB). A status
+// without a reason gets one that names its code.
+grpc::Status ToGrpc(const absl::Status& status);
+// An RPC's answer: the value into `response`, or the error.
+template <typename Value>
+grpc::Status Reply(absl::StatusOr<Value> result, Value* response) {
+  if (!result.ok()) return ToGrpc(result.status());
+  *response = *std::move(result);
+  return grpc::Status::OK;
+}
+
+absl::Status FromGrpc(const grpc::Status& status);
+
+}  // namespace pewter::server

@@ -1,0 +1,145 @@
+// JobManager: what the service does with jobs. It owns the store, the executor and the watches.
+//
+//   client --Create--> store --scheduler--> executor --Claim/Heartbeat/Finish--> store --> watches
+//
+// One mutex serialises every change of a job's state, so what the maps say about workers and what
+// the store says about jobs never disagree for long; readers and watchers do not take it for longer
+// than a look into a map. Two threads of its own: the scheduler starts workers and kills those
+// whose time is up (it also calls Executor::Submit, as that asks for a thread that stays), the
+// reaper learns which have ended. A job whose worker is lost goes back to the queue only when
+// nothing of that worker is alive, so no two workers write one destination.
+//
+// Methods may be called from any thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "pewter/v1/merge_service.pb.h"
+#include "pewter/v1/worker_service.pb.h"
+#include "server/executor/executor.h"
+#include "server/jobs/job_store.h"
+#include "server/watch_hub.h"
+
+namespace pewter::server {
+
+struct JobManagerOptions {
+  int workers = 1;  // jobs that run at the same time
+  absl::Duration lease = absl::Seconds(15);
+  absl::Duration start_limit = absl::Seconds(60);        // from start to claim
+  absl::Duration cancel_grace = absl::Seconds(30);       // from the wish to the kill
+  absl::Duration retry_delay = absl::Milliseconds(200);  // after the first loss; doubles
+  int max_attempts = 5;
+  int64_t queue_limit = 10'000;
+  int max_watches = 128;
+};
+
+class JobManager {
+ public:
+  JobManager(std::unique_ptr<JobStore> store, const JobManagerOptions& options);
+  // Kills the workers that are left.
+  ~JobManager();
+
+  // Gives up the attempts of workers that died with the last server, and begins to run jobs. Until
+  // then jobs are only queued.
+  absl::Status Start(std::unique_ptr<Executor> executor);
+  // Takes no more jobs, ends all watches, and stops the workers, which leave their jobs queued and
+  // their finished shards in place. Those that are not gone after `grace` are killed.
+  void Drain(absl::Duration grace);
+
+  // For clients; errors as in pewter/v1/merge_service.proto.
+  absl::StatusOr<v1::Job> Create(const v1::CreateJobRequest& request);
+  absl::StatusOr<v1::Job> Get(absl::string_view id);
+  absl::StatusOr<v1::ListJobsResponse> List(const v1::ListJobsRequest& request);
+  absl::StatusOr<v1::Job> Cancel(absl::string_view id);
+  absl::Status Delete(absl::string_view id);
+  // Calls `sink` with each event until the job is final (OK), `sink` returns false or `cancelled`
+  // returns true (Cancelled). Blocks.
+  absl::Status Watch(const v1::WatchJobRequest& request,
+                     const std::function<bool(const v1::JobEvent&)>& sink,
+                     const std::function<bool()>& cancelled);
+
+  // For workers; errors as in pewter/v1/worker_service.proto.
+  absl::StatusOr<v1::ClaimJobResponse> Claim(absl::string_view token,
+                                             const v1::ClaimJobRequest& request);
+  absl::StatusOr<v1::HeartbeatResponse> Heartbeat(absl::string_view token,
+                                                  const v1::HeartbeatRequest& request);
+  absl::Status Finish(absl::string_view token, const v1::FinishJobRequest& request);
+
+ private:
+  // A worker from Submit until the executor has reported its end.
+  struct Worker {
+    int64_t generation = 0;  // 0: has not claimed yet
+    v1::JobState state = v1::JOB_STATE_QUEUED;
+    v1::Progress progress;
+    bool cancel = false;
+    bool finished = false;  // has called Finish
+    bool killed = false;
+    // On BootClock.
+    absl::Duration deadline;  // of its start, then of its lease
+    absl::Duration cancel_deadline = absl::InfiniteDuration();
+    absl::Duration renewed;  // when the store last heard of the lease
+  };
+
+  void Schedule();
+  void Reap();
+  // These return how long nothing will have to be done, at most.
+  absl::Duration KillOverdueWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Duration StartWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<std::string> NextJob(absl::Duration& wait) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Not OK when the store could not record it: to be repeated.
+  absl::Status OnExit(const WorkerExit& exit);
+  absl::Status RecordLoss(absl::string_view id, v1::JobError why)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The attempt is over and the job is not: it goes back to the queue, or to its end when it was
+  // cancelled or has had its attempts.
+  absl::Status GiveUpAttempt(const v1::Job& job, v1::JobError why, bool counts)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status CheckToken(absl::string_view token, absl::string_view job_id)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<Worker*> FindLease(absl::string_view job_id, int64_t generation)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Moves the job along its way until it is in `state`.
+  absl::Status Advance(absl::string_view job_id, Worker& worker, v1::JobState state,
+                       const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The store's Transition, told to watchers and the log.
+  absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from, v1::JobState to,
+                                     const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Announce(const v1::Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status AddWarnings(absl::string_view id, int64_t generation,
+                           const google::protobuf::RepeatedPtrField<std::string>& warnings)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const JobManagerOptions options_;
+  const std::unique_ptr<JobStore> store_;
+  WatchHub hub_;
+
+  absl::Mutex mutex_;
+  absl::CondVar schedule_;  // something to schedule
+  absl::CondVar idle_;      // a worker is gone
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::flat_hash_map<std::string, Worker> workers_ ABSL_GUARDED_BY(mutex_);
+  // One for each job that was started and is not final; the same for all attempts, so that a worker
+  // of an earlier one is told that its lease is lost.
+  absl::flat_hash_map<std::string, std::string> tokens_ ABSL_GUARDED_BY(mutex_);
+  // Queued jobs that wait after a loss, until then on BootClock.
+  absl::flat_hash_map<std::string, absl::Duration> not_before_ ABSL_GUARDED_BY(mutex_);
+
+  std::unique_ptr<Executor> executor_;  // set once, by Start, before the threads
+  std::thread scheduler_;
+  std::thread reaper_;
+};
+
+}  // namespace pewter::server

@@ -1,0 +1,66 @@
+// pewterd: the server and its workers.
+#include <CLI/CLI.hpp>
+#include <iostream>
+#include <string>
+
+#include "server/log.h"
+#include "server/serve.h"
+#include "server/work.h"
+
+namespace {
+
+// As in pewter: 1 failed, 2 bad usage.
+int Fail(const absl::Status& status) {
+  std::cerr << "pewterd: " << status.message() << std::endl;
+  return absl::IsInvalidArgument(status) ? 2 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Pewter's server: merges neural networks as jobs.", "pewterd");
+  app.set_version_flag("--version", "pewterd " PEWTER_VERSION);
+  app.require_subcommand(1);
+
+  pewter::server::ServeOptions serve{.data = pewter::server::DefaultDataFolder()};
+  std::string executor = "local";
+  std::string log_level = "info";
+  CLI::App* const serve_command = app.add_subcommand("serve", "Serve merges over gRPC.");
+  serve_command->add_option("--listen", serve.listen, "HOST:PORT; port 0 takes one that is free")
+      ->capture_default_str();
+  serve_command->add_option("--data", serve.data, "Folder of the server's state")
+      ->capture_default_str();
+  serve_command->add_option("--database", serve.database,
+                            "Where jobs are kept: sqlite:PATH [sqlite:DATA/jobs.db]");
+  serve_command->add_option("--executor", executor, "Where jobs run: local, as child processes")
+      ->check(CLI::IsMember({"local"}))
+      ->capture_default_str();
+  serve_command->add_option("--workers", serve.workers, "Jobs that run at the same time")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  serve_command->add_flag("--insecure", serve.insecure,
+                          "Let other machines connect, without TLS and authentication");
+  serve_command
+      ->add_option("--log-level", log_level,
+                   "debug, info, warning, error or off; on stderr as JSON")
+      ->capture_default_str();
+
+  pewter::server::WorkOptions work;
+  CLI::App* const work_command =
+      app.add_subcommand("work", "Run one job for a server. Started by it, not by hand.");
+  work_command->add_option("--job", work.job_id)->required();
+  work_command->add_option("--server", work.server, "HOST:PORT")->required();
+  work_command->add_option("--parent", work.parent_pid, "Process to die with");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  if (work_command->parsed()) return pewter::server::Work(work);
+  if (const absl::Status status = pewter::server::SetLogLevel(log_level); !status.ok()) {
+    return Fail(status);
+  }
+  const absl::Status status = pewter::server::Serve(serve);
+  return status.ok() ? 0 : Fail(status);
+}

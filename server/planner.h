@@ -1,0 +1,22 @@
+// Planner: answers PlanMerge. Bounded: so many plans at a time, others are refused at once.
+#pragma once
+
+#include <atomic>
+
+#include "absl/status/statusor.h"
+#include "pewter/v1/merge_service.pb.h"
+
+namespace pewter::server {
+
+class Planner {
+ public:
+  explicit Planner(int max_plans) : max_plans_(max_plans) {}
+
+  absl::StatusOr<v1::PlanMergeResponse> Plan(const v1::PlanMergeRequest& request);
+
+ private:
+  const int max_plans_;
+  std::atomic<int> running_ = 0;
+};
+
+}  // namespace pewter::server

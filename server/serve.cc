@@ -1,0 +1,155 @@
+#include "server/serve.h"
+
+#include <fcntl.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "server/executor/local_executor.h"
+#include "server/job_manager.h"
+#include "server/listen_address.h"
+#include "server/log.h"
+#include "server/merge_service.h"
+#include "server/planner.h"
+#include "server/worker_service.h"
+
+namespace pewter::server {
+namespace {
+
+// Calls that run at the same time, watches among them; more are refused with RESOURCE_EXHAUSTED.
+constexpr int kMaxThreads = 192;
+constexpr int kMaxPlans = 2;
+// Workers stop between tiles; this is for one that does not.
+constexpr absl::Duration kDrainGrace = absl::Seconds(30);
+constexpr std::chrono::seconds kShutdownGrace{2};
+constexpr int kMinPingIntervalMs = 10'000;
+
+absl::StatusOr<ListenAddress> CheckListen(const ServeOptions& options) {
+  ASSIGN_OR_RETURN(ListenAddress address, ParseListenAddress(options.listen));
+  if (!address.IsLoopback() && !options.insecure) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--listen ", options.listen,
+        " can be reached from other machines, and this server has no TLS and no authentication: "
+        "whoever connects reads and writes files as you. Listen on 127.0.0.1, or give --insecure "
+        "in a network where everybody may"));
+  }
+  return address;
+}
+
+absl::Status MakeFolder(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) return absl::PermissionDeniedError(absl::StrCat(path, ": ", error.message()));
+  return absl::OkStatus();
+}
+
+// Held until the process ends, however it ends.
+absl::Status LockFolder(const std::string& data) {
+  const std::string path = absl::StrCat(data, "/lock");
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (fd < 0) return absl::PermissionDeniedError(absl::StrCat(path, ": ", strerror(errno)));
+  if (flock(fd, LOCK_EX | LOCK_NB) == 0) return absl::OkStatus();
+  close(fd);
+  return absl::FailedPreconditionError(
+      absl::StrCat("another pewterd serves from ", data, "; stop it or give another --data"));
+}
+
+// Readers find the whole address or no file.
+absl::Status WriteAddress(const std::string& data, const std::string& address) {
+  const std::string path = absl::StrCat(data, "/address");
+  const std::string temporary = absl::StrCat(path, ".new");
+  std::ofstream(temporary) << address << "\n";
+  if (rename(temporary.c_str(), path.c_str()) != 0) {
+    return absl::PermissionDeniedError(absl::StrCat(path, ": ", strerror(errno)));
+  }
+  return absl::OkStatus();
+}
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+}  // namespace
+
+absl::Status Serve(const ServeOptions& options) {
+  const sigset_t stop_signals = StopSignals();
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+
+  ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
+  RETURN_IF_ERROR(MakeFolder(options.data));
+  RETURN_IF_ERROR(LockFolder(options.data));
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<JobStore> store,
+      OpenJobStore(options.database.empty() ? absl::StrCat("sqlite:", options.data, "/jobs.db")
+                                            : options.database));
+  JobManager jobs(std::move(store), {.workers = options.workers});
+  Planner planner(kMaxPlans);
+  MergeServiceImpl merge_service(&jobs, &planner);
+  WorkerServiceImpl worker_service(&jobs);
+
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(address.ToString(), grpc::InsecureServerCredentials(), &address.port);
+  // Or a second server on the same port would get a part of the calls.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                             kMinPingIntervalMs);
+  builder.SetResourceQuota(grpc::ResourceQuota("pewterd").SetMaxThreads(kMaxThreads));
+  builder.RegisterService(&merge_service);
+  builder.RegisterService(&worker_service);
+  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen));
+  }
+
+  ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor,
+                   MakeLocalExecutor({.server_address = address.LocalTarget()}));
+  RETURN_IF_ERROR(jobs.Start(std::move(executor)));
+  RETURN_IF_ERROR(WriteAddress(options.data, address.ToString()));
+  const absl::Cleanup remove_address = [&] {
+    unlink(absl::StrCat(options.data, "/address").c_str());
+  };
+  std::cout << "listening on " << address.ToString() << std::endl;
+  Log(LogLevel::kInfo, "server started", {{"address", address.ToString()}, {"data", options.data}});
+
+  int signal = 0;
+  sigwait(&stop_signals, &signal);
+  pthread_sigmask(SIG_UNBLOCK, &stop_signals, nullptr);
+  Log(LogLevel::kInfo, "server stops", {{"signal", strsignal(signal)}});
+  server->GetHealthCheckService()->SetServingStatus(false);
+  jobs.Drain(kDrainGrace);
+  server->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+  Log(LogLevel::kInfo, "server stopped");
+  return absl::OkStatus();
+}
+
+std::string DefaultDataFolder() {
+  if (const char* state = getenv("XDG_STATE_HOME"); state != nullptr && *state != '\0') {
+    return absl::StrCat(state, "/pewter");
+  }
+  const char* home = getenv("HOME");
+  return absl::StrCat(home != nullptr ? home : "", "/.local/state/pewter");
+}
+
+}  // namespace pewter::server

@@ -1,0 +1,25 @@
+// `pewterd serve`: the server from its start to SIGTERM.
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+
+namespace pewter::server {
+
+struct ServeOptions {
+  std::string listen = "127.0.0.1:7480";
+  std::string data;      // folder of the job database, lock and address files; made when absent
+  std::string database;  // empty: sqlite:DATA/jobs.db
+  int workers = 1;
+  bool insecure = false;  // other machines may connect, without TLS
+};
+
+// Blocks until SIGTERM or SIGINT, then lets workers stop in order. Call it from the main thread
+// before there are others: it blocks these signals. A second signal kills the server.
+absl::Status Serve(const ServeOptions& options);
+
+// $XDG_STATE_HOME/pewter, or ~/.local/state/pewter.
+std::string DefaultDataFolder();
+
+}  // namespace pewter::server

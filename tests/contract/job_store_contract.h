@@ -1,0 +1,502 @@
+// What every JobStore must do. A store's test instantiates it:
+//
+//   INSTANTIATE_TEST_SUITE_P(Sqlite, JobStoreContract, ::testing::Values(&MakeSqliteFixture));
+#pragma once
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "server/errors.h"
+#include "server/jobs/job_state.h"
+#include "server/jobs/job_store.h"
+#include "tests/support/matchers.h"
+
+namespace pewter::server {
+
+using ::pewter::testing::IsOk;
+using ::pewter::testing::StatusIs;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+class JobStoreFixture {
+ public:
+  virtual ~JobStoreFixture() = default;
+  virtual JobStore& store() = 0;
+  // Closes the store and opens it again: what was acknowledged must still be there.
+  virtual void Reopen() = 0;
+};
+
+using JobStoreFactory = std::unique_ptr<JobStoreFixture> (*)();
+
+class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
+ protected:
+  static constexpr int64_t kQueueLimit = 1000;
+
+  JobStore& store() { return fixture_->store(); }
+  void Reopen() { fixture_->Reopen(); }
+
+  static NewJob MakeJob(const std::string& id) {
+    NewJob request;
+    request.job.set_id(id);
+    request.job.set_recipe("merge_method: linear");
+    request.job.set_destination_uri("/out/" + id);
+    request.request_digest = "digest of " + id;
+    request.destination_key = "/out/" + id;
+    return request;
+  }
+  v1::Job Create(const NewJob& request) {
+    const auto created = store().Create(request, kQueueLimit);
+    EXPECT_THAT(created, IsOk());
+    return created.ok() ? created->job : v1::Job();
+  }
+  v1::Job Create(const std::string& id) { return Create(MakeJob(id)); }
+  v1::Job Claim(const std::string& id) {
+    const auto job = store().Claim(id, absl::Now() + absl::Seconds(10));
+    EXPECT_THAT(job, IsOk());
+    return job.ok() ? *job : v1::Job();
+  }
+  v1::Job Get(const std::string& id) {
+    const auto job = store().Get(id);
+    EXPECT_THAT(job, IsOk());
+    return job.ok() ? *job : v1::Job();
+  }
+  void Move(const std::string& id, std::vector<v1::JobState> way) {
+    for (const v1::JobState to : way) {
+      ASSERT_THAT(store().Transition(id, Get(id).state(), to, {}), IsOk());
+    }
+  }
+  std::vector<int64_t> Sequences(const std::string& id, int64_t after = 0) {
+    const auto events = store().Events(id, after, 1000);
+    EXPECT_THAT(events, IsOk());
+    std::vector<int64_t> sequences;
+    if (events.ok()) {
+      for (const v1::JobEvent& event : *events) sequences.push_back(event.sequence());
+    }
+    return sequences;
+  }
+  std::vector<std::string> ListIds(const v1::JobFilter& filter) {
+    const auto page = store().List(filter, 100, 0);
+    EXPECT_THAT(page, IsOk());
+    std::vector<std::string> ids;
+    if (page.ok()) {
+      for (const v1::Job& job : page->jobs) ids.push_back(job.id());
+    }
+    return ids;
+  }
+
+ private:
+  std::unique_ptr<JobStoreFixture> fixture_ = GetParam()();
+};
+
+TEST_P(JobStoreContract, CreatedJobIsQueuedWithOneEventAndSurvivesReopening) {
+  NewJob request = MakeJob("a");
+  request.job.set_request_id("r1");
+  request.job.set_priority(7);
+  (*request.job.mutable_labels())["team"] = "nlp";
+  request.job.mutable_options()->set_seed(42);
+  const v1::Job created = Create(request);
+  EXPECT_EQ(created.state(), v1::JOB_STATE_QUEUED);
+  EXPECT_EQ(created.sequence(), 1);
+  EXPECT_EQ(created.attempt(), 0);
+  EXPECT_TRUE(created.has_create_time());
+  EXPECT_FALSE(created.has_start_time());
+
+  Reopen();
+  EXPECT_EQ(Get("a").SerializeAsString(), created.SerializeAsString());
+  const auto events = store().Events("a", 0, 10);
+  ASSERT_THAT(events, IsOk());
+  ASSERT_EQ(events->size(), 1u);
+  EXPECT_EQ((*events)[0].sequence(), 1);
+  EXPECT_EQ((*events)[0].state_change().state(), v1::JOB_STATE_QUEUED);
+}
+
+TEST_P(JobStoreContract, SameRequestGivesTheSameJobInItsCurrentState) {
+  NewJob request = MakeJob("a");
+  request.job.set_request_id("r1");
+  Create(request);
+  Claim("a");
+  Reopen();
+  request.job.set_id("b");
+  const auto again = store().Create(request, kQueueLimit);
+  ASSERT_THAT(again, IsOk());
+  EXPECT_FALSE(again->is_new);
+  EXPECT_EQ(again->job.id(), "a");
+  EXPECT_EQ(again->job.state(), v1::JOB_STATE_PLANNING);
+  EXPECT_THAT(ListIds({}), ElementsAre("a"));
+}
+
+TEST_P(JobStoreContract, SameRequestIdWithAnotherBodyIsRefused) {
+  NewJob request = MakeJob("a");
+  request.job.set_request_id("r1");
+  Create(request);
+  NewJob other = MakeJob("b");
+  other.job.set_request_id("r1");
+  const auto refused = store().Create(other, kQueueLimit);
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("r1")));
+  EXPECT_EQ(ReasonOf(refused.status()), "REQUEST_ID_REUSED");
+  EXPECT_THAT(ListIds({}), ElementsAre("a"));
+}
+
+TEST_P(JobStoreContract, JobsWithoutRequestIdAreAllNew) {
+  Create("a");
+  EXPECT_EQ(Create("b").id(), "b");
+}
+
+TEST_P(JobStoreContract, ConcurrentSameRequestsMakeOneJob) {
+  std::vector<std::thread> threads;
+  std::atomic<int> made = 0;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&, i] {
+      NewJob request = MakeJob("job" + std::to_string(i));
+      request.job.set_request_id("r1");
+      request.request_digest = "same";
+      request.destination_key = "/out/same";
+      const auto created = store().Create(request, kQueueLimit);
+      EXPECT_THAT(created, IsOk());
+      if (created.ok() && created->is_new) ++made;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(made, 1);
+}
+
+TEST_P(JobStoreContract, DestinationIsBusyUntilItsJobIsFinal) {
+  NewJob first = MakeJob("a");
+  NewJob second = MakeJob("b");
+  second.destination_key = first.destination_key;
+  Create(first);
+  auto refused = store().Create(second, kQueueLimit);
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("job a")));
+  EXPECT_EQ(ReasonOf(refused.status()), "DESTINATION_BUSY");
+  Claim("a");
+  EXPECT_THAT(store().Create(second, kQueueLimit),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("job a")));
+  Move("a", {v1::JOB_STATE_FAILED});
+  EXPECT_THAT(store().Create(second, kQueueLimit), IsOk());
+}
+
+TEST_P(JobStoreContract, QueueIsBounded) {
+  ASSERT_THAT(store().Create(MakeJob("a"), 2), IsOk());
+  ASSERT_THAT(store().Create(MakeJob("b"), 2), IsOk());
+  const auto refused = store().Create(MakeJob("c"), 2);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(ReasonOf(refused.status()), "QUEUE_FULL");
+  Claim("a");
+  EXPECT_THAT(store().Create(MakeJob("c"), 2), IsOk());
+}
+
+TEST_P(JobStoreContract, UnknownJobsAreNotFound) {
+  const auto code = absl::StatusCode::kNotFound;
+  EXPECT_THAT(store().Get("x"), StatusIs(code, HasSubstr("x")));
+  EXPECT_EQ(ReasonOf(store().Get("x").status()), "JOB_NOT_FOUND");
+  EXPECT_THAT(store().Delete("x"), StatusIs(code, HasSubstr("x")));
+  EXPECT_THAT(store().Events("x", 0, 10), StatusIs(code, HasSubstr("x")));
+  EXPECT_THAT(store().Claim("x", absl::Now()), StatusIs(code, HasSubstr("x")));
+  EXPECT_THAT(store().RequestCancel("x"), StatusIs(code, HasSubstr("x")));
+  EXPECT_THAT(store().Transition("x", v1::JOB_STATE_QUEUED, v1::JOB_STATE_CANCELLED, {}),
+              StatusIs(code, HasSubstr("x")));
+}
+
+TEST_P(JobStoreContract, ClaimStartsAnAttemptWithANewGeneration) {
+  Create("a");
+  v1::Job job = Claim("a");
+  EXPECT_EQ(job.state(), v1::JOB_STATE_PLANNING);
+  EXPECT_EQ(job.attempt(), 1);
+  EXPECT_EQ(job.lease_generation(), 1);
+  EXPECT_TRUE(job.has_start_time());
+  const auto again = store().Claim("a", absl::Now());
+  EXPECT_EQ(again.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ReasonOf(again.status()), "STATE_CONFLICT");
+
+  const google::protobuf::Timestamp start = job.start_time();
+  Move("a", {v1::JOB_STATE_QUEUED});
+  job = Claim("a");
+  EXPECT_EQ(job.attempt(), 2);
+  EXPECT_EQ(job.lease_generation(), 2);
+  EXPECT_EQ(job.start_time().SerializeAsString(), start.SerializeAsString());
+}
+
+TEST_P(JobStoreContract, TransitionComparesBeforeItSets) {
+  Create("a");
+  Claim("a");
+  const auto moved = store().Transition("a", v1::JOB_STATE_RUNNING, v1::JOB_STATE_PUBLISHING, {});
+  EXPECT_EQ(moved.status().code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(ReasonOf(moved.status()), "STATE_CHANGED");
+  EXPECT_EQ(Get("a").state(), v1::JOB_STATE_PLANNING);
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2));
+}
+
+TEST_P(JobStoreContract, OnlyChangesOfTheTableAreMade) {
+  Create("a");
+  for (int from = v1::JobState_MIN; from <= v1::JobState_MAX; ++from) {
+    for (int to = v1::JobState_MIN; to <= v1::JobState_MAX; ++to) {
+      const auto from_state = static_cast<v1::JobState>(from);
+      const auto to_state = static_cast<v1::JobState>(to);
+      if (IsAllowed(from_state, to_state)) continue;
+      EXPECT_EQ(store().Transition("a", from_state, to_state, {}).status().code(),
+                absl::StatusCode::kInternal)
+          << from << " to " << to;
+    }
+  }
+  EXPECT_THAT(Sequences("a"), ElementsAre(1));
+}
+
+TEST_P(JobStoreContract, ConcurrentClaimsAndTransitionsHaveOneWinner) {
+  Create("a");
+  std::atomic<int> winners = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      if (store().Claim("a", absl::Now()).ok()) ++winners;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(winners, 1);
+  winners = 0;
+  threads.clear();
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&, i] {
+      const v1::JobState to = i % 2 == 0 ? v1::JOB_STATE_FAILED : v1::JOB_STATE_CANCELLED;
+      if (store().Transition("a", v1::JOB_STATE_PLANNING, to, {}).ok()) ++winners;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(winners, 1);
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2, 3));
+}
+
+TEST_P(JobStoreContract, SuccessKeepsOutputAndTimes) {
+  Create("a");
+  Claim("a");
+  Move("a", {v1::JOB_STATE_RUNNING, v1::JOB_STATE_PUBLISHING});
+  v1::JobOutput output;
+  output.set_manifest_json("{}");
+  output.set_fingerprint("f");
+  v1::Progress progress;
+  progress.set_tensors_done(3);
+  ASSERT_THAT(store().Transition("a", v1::JOB_STATE_PUBLISHING, v1::JOB_STATE_SUCCEEDED,
+                                 {.lease_generation = 1, .output = output, .progress = progress}),
+              IsOk());
+  Reopen();
+  const v1::Job job = Get("a");
+  EXPECT_EQ(job.output().manifest_json(), "{}");
+  EXPECT_EQ(job.progress().tensors_done(), 3);
+  EXPECT_TRUE(job.has_end_time());
+  const auto events = store().Events("a", 4, 10);
+  ASSERT_THAT(events, IsOk());
+  ASSERT_EQ(events->size(), 1u);
+  EXPECT_EQ((*events)[0].state_change().output().fingerprint(), "f");
+}
+
+TEST_P(JobStoreContract, ErrorIsToldAndClearedByTheNextAttempt) {
+  Create("a");
+  Claim("a");
+  v1::JobError error;
+  error.set_reason("WORKER_LOST");
+  ASSERT_THAT(
+      store().Transition("a", v1::JOB_STATE_PLANNING, v1::JOB_STATE_QUEUED, {.error = error}),
+      IsOk());
+  EXPECT_EQ(Get("a").error().reason(), "WORKER_LOST");
+  EXPECT_FALSE(Claim("a").has_error());
+}
+
+TEST_P(JobStoreContract, RefundedAttemptDoesNotCount) {
+  Create("a");
+  Claim("a");
+  ASSERT_THAT(store().Transition("a", v1::JOB_STATE_PLANNING, v1::JOB_STATE_QUEUED,
+                                 {.refund_attempt = true}),
+              IsOk());
+  EXPECT_EQ(Get("a").attempt(), 0);
+  const v1::Job job = Claim("a");
+  EXPECT_EQ(job.attempt(), 1);
+  EXPECT_EQ(job.lease_generation(), 2);
+}
+
+TEST_P(JobStoreContract, SupersededWorkersAreFenced) {
+  Create("a");
+  Claim("a");
+  Move("a", {v1::JOB_STATE_QUEUED});
+  const auto check = [&](const absl::Status& status) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kAborted) << status;
+    EXPECT_EQ(ReasonOf(status), "LEASE_LOST");
+  };
+  // Nobody holds it.
+  check(store().RenewLease("a", 1, absl::Now(), {}));
+  Claim("a");
+  // Somebody else does.
+  check(store().RenewLease("a", 1, absl::Now(), {}));
+  check(store().AddWarnings("a", 1, {"w"}).status());
+  check(store()
+            .Transition("a", v1::JOB_STATE_PLANNING, v1::JOB_STATE_RUNNING, {.lease_generation = 1})
+            .status());
+  EXPECT_THAT(store().RenewLease("a", 2, absl::Now(), {}), IsOk());
+  EXPECT_EQ(Get("a").state(), v1::JOB_STATE_PLANNING);
+}
+
+TEST_P(JobStoreContract, RenewalKeepsProgressAndMakesNoEvent) {
+  Create("a");
+  Claim("a");
+  v1::Progress progress;
+  progress.set_written_bytes(99);
+  ASSERT_THAT(store().RenewLease("a", 1, absl::Now() + absl::Seconds(5), progress), IsOk());
+  EXPECT_EQ(Get("a").progress().written_bytes(), 99);
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2));
+}
+
+TEST_P(JobStoreContract, WarningsAreEventsOnceAndBounded) {
+  Create("a");
+  Claim("a");
+  ASSERT_THAT(store().AddWarnings("a", 1, {"one", "two"}), IsOk());
+  ASSERT_THAT(store().AddWarnings("a", 1, {"two", "three"}), IsOk());
+  EXPECT_THAT(Get("a").warnings(), ElementsAre("one", "two", "three"));
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2, 3, 4, 5));
+  const auto events = store().Events("a", 2, 1);
+  ASSERT_THAT(events, IsOk());
+  ASSERT_EQ(events->size(), 1u);
+  EXPECT_EQ((*events)[0].warning(), "one");
+
+  std::vector<std::string> many;
+  for (int i = 0; i < 2 * JobStore::kMaxWarnings; ++i) many.push_back("w" + std::to_string(i));
+  ASSERT_THAT(store().AddWarnings("a", 1, many), IsOk());
+  EXPECT_EQ(Get("a").warnings_size(), JobStore::kMaxWarnings);
+}
+
+TEST_P(JobStoreContract, EventsAreNumberedWithoutGapsUnderConcurrency) {
+  Create("a");
+  Claim("a");
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] {
+      for (int k = 0; k < 10; ++k) {
+        EXPECT_THAT(store().AddWarnings("a", 1, {std::to_string(i) + "/" + std::to_string(k)}),
+                    IsOk());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const std::vector<int64_t> sequences = Sequences("a");
+  ASSERT_EQ(sequences.size(), 42u);
+  for (int i = 0; i < 42; ++i) EXPECT_EQ(sequences[i], i + 1);
+  EXPECT_THAT(Sequences("a", 40), ElementsAre(41, 42));
+}
+
+TEST_P(JobStoreContract, CancelIsRemembered) {
+  Create("a");
+  Claim("a");
+  ASSERT_THAT(store().RequestCancel("a"), IsOk());
+  Reopen();
+  EXPECT_TRUE(Get("a").cancel_requested());
+  Move("a", {v1::JOB_STATE_CANCELLED});
+  EXPECT_FALSE(Get("a").cancel_requested());
+  // A final job is not changed.
+  const auto job = store().RequestCancel("a");
+  ASSERT_THAT(job, IsOk());
+  EXPECT_FALSE(job->cancel_requested());
+}
+
+TEST_P(JobStoreContract, OnlyFinalJobsAreDeleted) {
+  Create("a");
+  auto refused = store().Delete("a");
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(ReasonOf(refused), "JOB_NOT_FINAL");
+  Move("a", {v1::JOB_STATE_CANCELLED});
+  ASSERT_THAT(store().Delete("a"), IsOk());
+  EXPECT_EQ(store().Get("a").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(store().Events("a", 0, 10).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_P(JobStoreContract, QueueIsByPriorityThenAge) {
+  Create("old");
+  NewJob urgent = MakeJob("urgent");
+  urgent.job.set_priority(5);
+  Create(urgent);
+  NewJob idle = MakeJob("idle");
+  idle.job.set_priority(-5);
+  Create(idle);
+  Create("new");
+  const auto queue = store().Queue(10);
+  ASSERT_THAT(queue, IsOk());
+  EXPECT_THAT(*queue, ElementsAre("urgent", "old", "new", "idle"));
+  const auto two = store().Queue(2);
+  ASSERT_THAT(two, IsOk());
+  EXPECT_THAT(*two, ElementsAre("urgent", "old"));
+}
+
+TEST_P(JobStoreContract, HeldJobsAreThoseOfWorkers) {
+  Create("queued");
+  Create("planning");
+  Claim("planning");
+  Create("running");
+  Claim("running");
+  Move("running", {v1::JOB_STATE_RUNNING});
+  Create("failed");
+  Claim("failed");
+  Move("failed", {v1::JOB_STATE_FAILED});
+  const auto held = store().Held();
+  ASSERT_THAT(held, IsOk());
+  EXPECT_THAT(*held, ElementsAre("planning", "running"));
+}
+
+TEST_P(JobStoreContract, ListIsNewestFirstByPage) {
+  for (const char* id : {"a", "b", "c", "d", "e"}) Create(id);
+  const auto first = store().List({}, 2, 0);
+  ASSERT_THAT(first, IsOk());
+  ASSERT_EQ(first->jobs.size(), 2u);
+  EXPECT_EQ(first->jobs[0].id(), "e");
+  EXPECT_EQ(first->jobs[1].id(), "d");
+  EXPECT_EQ(first->jobs[0].recipe(), "");
+  // A new job does not shift the pages.
+  Create("f");
+  const auto second = store().List({}, 2, first->next);
+  ASSERT_THAT(second, IsOk());
+  ASSERT_EQ(second->jobs.size(), 2u);
+  EXPECT_EQ(second->jobs[0].id(), "c");
+  const auto third = store().List({}, 2, second->next);
+  ASSERT_THAT(third, IsOk());
+  ASSERT_EQ(third->jobs.size(), 1u);
+  EXPECT_EQ(third->jobs[0].id(), "a");
+  EXPECT_EQ(third->next, 0);
+  // A last page that is full has none after it.
+  const auto all = store().List({}, 6, 0);
+  ASSERT_THAT(all, IsOk());
+  EXPECT_EQ(all->next, 0);
+}
+
+TEST_P(JobStoreContract, ListFiltersByStateAndLabels) {
+  NewJob a = MakeJob("a");
+  (*a.job.mutable_labels())["team"] = "nlp";
+  (*a.job.mutable_labels())["run"] = "1";
+  Create(a);
+  NewJob b = MakeJob("b");
+  (*b.job.mutable_labels())["team"] = "nlp";
+  Create(b);
+  NewJob c = MakeJob("c");
+  (*c.job.mutable_labels())["team"] = "vision'; DROP TABLE jobs; --";
+  Create(c);
+  Claim("b");
+
+  v1::JobFilter filter;
+  (*filter.mutable_labels())["team"] = "nlp";
+  EXPECT_THAT(ListIds(filter), ElementsAre("b", "a"));
+  filter.add_states(v1::JOB_STATE_QUEUED);
+  EXPECT_THAT(ListIds(filter), ElementsAre("a"));
+  filter.add_states(v1::JOB_STATE_PLANNING);
+  EXPECT_THAT(ListIds(filter), ElementsAre("b", "a"));
+  (*filter.mutable_labels())["run"] = "1";
+  EXPECT_THAT(ListIds(filter), ElementsAre("a"));
+  (*filter.mutable_labels())["run"] = "2";
+  EXPECT_THAT(ListIds(filter), IsEmpty());
+  v1::JobFilter quoted;
+  (*quoted.mutable_labels())["team"] = "vision'; DROP TABLE jobs; --";
+  EXPECT_THAT(ListIds(quoted), ElementsAre("c"));
+}
+
+}  // namespace pewter::server
