@@ -10,11 +10,11 @@
 
 namespace pewter {
 
-// `what` is like "[json.exception.parse_error.101] parse error at ...": the bracket is noise, and
-// the rest may quote the text.
+// `what` is like "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error
+// ...": what comes before the colon is said already, the rest may quote the text.
 inline std::string JsonErrorText(size_t position, absl::string_view what) {
-  if (const size_t end = what.find("] "); end != absl::string_view::npos) {
-    what.remove_prefix(end + 2);
+  if (const size_t colon = what.find(": "); colon != absl::string_view::npos) {
+    what.remove_prefix(colon + 2);
   }
   return absl::StrCat("bad JSON at byte ", position, ": ", Printable(what));
 }

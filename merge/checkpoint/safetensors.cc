@@ -240,15 +240,14 @@ class HeaderHandler final : public nlohmann::json_sax<Json> {
   std::vector<int64_t> numbers_;
 };
 
-absl::Status CheckNames(const std::vector<TensorInfo>& tensors) {
+// A name that is there twice; null when there is none.
+const std::string* FindDuplicate(const std::vector<TensorInfo>& tensors) {
   absl::flat_hash_set<absl::string_view> names;
   names.reserve(tensors.size());
   for (const TensorInfo& tensor : tensors) {
-    if (!names.insert(tensor.name).second) {
-      return Malformed(absl::StrCat("tensor ", Printable(tensor.name), " is there twice"));
-    }
+    if (!names.insert(tensor.name).second) return &tensor.name;
   }
-  return absl::OkStatus();
+  return nullptr;
 }
 
 // Sorts the tensors by place and checks that they tile the data part exactly. Offsets still count
@@ -306,7 +305,9 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(absl::string_view json,
   if (json.find('\0') != absl::string_view::npos) return Malformed("NUL byte in its header");
   HeaderHandler handler(header);
   if (!Json::sax_parse(json.begin(), json.end(), &handler)) return handler.status();
-  RETURN_IF_ERROR(CheckNames(header.tensors));
+  if (const std::string* name = FindDuplicate(header.tensors); name != nullptr) {
+    return Malformed(absl::StrCat("tensor ", Printable(*name), " is there twice"));
+  }
   RETURN_IF_ERROR(CheckPlaces(header.tensors, file_size - data_begin));
   for (TensorInfo& tensor : header.tensors) tensor.offset += data_begin;
   return header;
@@ -349,7 +350,10 @@ absl::StatusOr<SafetensorsHeader> ReadSafetensorsHeader(ObjectStore& store, absl
 
 absl::StatusOr<std::string> LayOutSafetensors(std::vector<TensorInfo>& tensors,
                                               const std::map<std::string, std::string>& metadata) {
-  RETURN_IF_ERROR(CheckNames(tensors));
+  if (const std::string* name = FindDuplicate(tensors); name != nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor ", Printable(*name), " would be written twice to one file"));
+  }
   std::string json = "{";
   int64_t end = 0;
   try {
