@@ -20,12 +20,6 @@ DType WorkDType(const PlanTensor& tensor) {
   return any.source->dtype();
 }
 
-// Numbers that a reduction yields for each block.
-int64_t Terms(const kernels::ReduceOp& op) {
-  return std::visit([](const auto& reduce) -> int64_t { return reduce.groups() * reduce.kTerms; },
-                    op);
-}
-
 }  // namespace
 
 TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& environment)
@@ -134,7 +128,7 @@ absl::StatusOr<std::vector<double>> TensorRun::ReduceBlocks(const kernels::Reduc
                                                             Operands operands) {
   const int64_t blocks =
       (tensor_.shape.elements() + kernels::kReduceBlock - 1) / kernels::kReduceBlock;
-  const int64_t terms = Terms(op);
+  const int64_t terms = kernels::Terms(op);
   std::vector<double> sums(blocks * terms);
   RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false,
                        [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
@@ -150,7 +144,7 @@ absl::StatusOr<std::vector<double>> TensorRun::ReduceBlocks(const kernels::Reduc
 absl::StatusOr<std::vector<double>> TensorRun::Reduce(const kernels::ReduceOp& op,
                                                       Operands operands) {
   ASSIGN_OR_RETURN(const std::vector<double> rows, ReduceBlocks(op, operands));
-  std::vector<double> sums(Terms(op));
+  std::vector<double> sums(kernels::Terms(op));
   for (size_t i = 0; i < rows.size(); ++i) sums[i % sums.size()] += rows[i];
   return sums;
 }
