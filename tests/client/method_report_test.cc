@@ -1,0 +1,53 @@
+#include "client/method_report.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "merge/recipe/recipe.h"
+
+namespace pewter::client {
+namespace {
+
+using testing::HasSubstr;
+
+TEST(MethodReportTest, ExamplesAreRecipes) {
+  for (const MergeMethod* method : Methods()) {
+    const std::string example = ExampleRecipe(*method);
+    const auto recipe = ParseRecipe(example);
+    ASSERT_TRUE(recipe.ok()) << recipe.status() << "\n" << example;
+    EXPECT_EQ(recipe->merge_method, method->name);
+    EXPECT_THAT(recipe->warnings, testing::IsEmpty()) << example;
+    for (const Param& param : method->params) {
+      if (std::holds_alternative<NoDefault>(param.fallback)) {
+        EXPECT_THAT(example, HasSubstr(std::string(param.name) + ": "));
+      }
+    }
+  }
+}
+
+TEST(MethodReportTest, TextExplainsEveryParameter) {
+  for (const MergeMethod* method : Methods()) {
+    const std::string text = MethodToText(*method);
+    EXPECT_THAT(text, HasSubstr(method->reference));
+    for (const Param& param : method->params) EXPECT_THAT(text, HasSubstr(param.name));
+  }
+}
+
+TEST(MethodReportTest, JsonHasTypesAndBounds) {
+  const auto ties = FindMethod("ties");
+  ASSERT_TRUE(ties.ok());
+  const Json json = MethodToJson(**ties);
+  EXPECT_EQ(json["base_model"], "required");
+  bool found = false;
+  for (const Json& param : json["parameters"]) {
+    if (param["name"] != "density") continue;
+    found = true;
+    EXPECT_EQ(param["type"], "float");
+    EXPECT_EQ(param["scope"], "model");
+    EXPECT_EQ(param["required"], false);
+    EXPECT_EQ(param["default"], 1.0);
+  }
+  EXPECT_TRUE(found);
+}
+
+}  // namespace
+}  // namespace pewter::client
