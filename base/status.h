@@ -31,13 +31,15 @@ inline absl::Status Annotate(const absl::Status& status, absl::string_view where
 #define PEWTER_CONCAT_INNER(a, b) a##b
 #define PEWTER_CONCAT(a, b) PEWTER_CONCAT_INNER(a, b)
 
-#define RETURN_IF_ERROR(expr)                                         \
-  do {                                                                \
-    if (absl::Status status_ = (expr); !status_.ok()) return status_; \
+#define RETURN_IF_ERROR(expr) \
+  PEWTER_RETURN_IF_ERROR_IMPL(PEWTER_CONCAT(pewter_status_, __LINE__), expr)
+#define PEWTER_RETURN_IF_ERROR_IMPL(status, expr)                  \
+  do {                                                             \
+    if (absl::Status status = (expr); !status.ok()) return status; \
   } while (false)
 
 #define ASSIGN_OR_RETURN(lhs, expr) \
-  PEWTER_ASSIGN_OR_RETURN_IMPL(PEWTER_CONCAT(statusor_, __LINE__), lhs, expr)
+  PEWTER_ASSIGN_OR_RETURN_IMPL(PEWTER_CONCAT(pewter_statusor_, __LINE__), lhs, expr)
 #define PEWTER_ASSIGN_OR_RETURN_IMPL(statusor, lhs, expr)  \
   auto statusor = (expr);                                  \
   if (!statusor.ok()) return std::move(statusor).status(); \

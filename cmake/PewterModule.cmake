@@ -15,10 +15,9 @@ if(PEWTER_CCACHE)
 endif()
 
 # What every target of ours is compiled with. No contraction: an op gives the same bits on every instruction set.
-# g++ 12 takes a moved-from absl::Status for an uninitialised one.
 add_library(pewter_options INTERFACE)
 target_compile_options(pewter_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers -Wno-maybe-uninitialized -ffp-contract=off>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers -ffp-contract=off>)
 if(PEWTER_SANITIZE)
   target_compile_options(pewter_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${PEWTER_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
