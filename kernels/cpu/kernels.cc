@@ -96,40 +96,66 @@ PEWTER_INLINE void WithFormats(DType in, DType out, const F& f) {
 
 // --- Accessors (kernels/ops/op.h) -------------------------------------------------------------
 
-// What an op's draws need; ops without draws have none.
-struct Draws {
-  PhiloxRoundKeys keys[kMaxInputs - 1];
+// Elements whose draws are made at a time, all of one model after another.
+inline constexpr int64_t kDrawRow = kReduceRow;
 
-  Draws(const TaskVectorSum& task) {
-    for (int i = 0; i < task.count; ++i) {
-      if (task.model[i].keep == Keep::kRandom) keys[i] = PhiloxRoundKeys(task.model[i].key);
+// The draws of an op for a row of elements; ops without draws have none.
+class Draws {
+ public:
+  explicit Draws(const TaskVectorSum& task) : task_(task) {}
+
+  void Make(int64_t first, int64_t count) {
+    for (int i = 0; i < task_.count; ++i) {
+      const TaskVectorSum::Model& model = task_.model[i];
+      if (model.keep != Keep::kRandom) continue;
+      DrawBits(model.key, model.draw_below, first, count, bits_[i]);
     }
   }
+  template <class C>
+  PEWTER_INLINE Mask<C> Lanes(int i, int64_t at) const {
+    return FromBits<C>(bits_[i][at / kLanes]);
+  }
+
+ private:
+  const TaskVectorSum& task_;
+  uint32_t bits_[kMaxInputs - 1][(kDrawRow + kDraws) / 32 + 1];
 };
-struct NoDraws {};
-PEWTER_INLINE Draws DrawsOf(const TaskVectorSum& op) { return op; }
-PEWTER_INLINE Draws DrawsOf(const DeltaAbsSums& op) { return op.task; }
+
+struct NoDraws {
+  template <class Op>
+  explicit NoDraws(const Op&) {}
+  void Make(int64_t, int64_t) {}
+  template <class C>
+  PEWTER_INLINE Mask<C> Lanes(int, int64_t) const {
+    return {};
+  }
+};
+
+PEWTER_INLINE Draws DrawsOf(const TaskVectorSum& op) { return Draws(op); }
+PEWTER_INLINE Draws DrawsOf(const DeltaAbsSums& op) { return Draws(op.task); }
 template <class Op>
-PEWTER_INLINE NoDraws DrawsOf(const Op&) {
-  return {};
+PEWTER_INLINE NoDraws DrawsOf(const Op& op) {
+  return NoDraws(op);
 }
 
-// Lanes [at, at + 32) of `in`, which start at element `first` of the tensor.
+// 32 elements: from element `at` of `in`, which is element `index` of the tensor and `in_row` of
+// the row that `draws` holds.
 template <class C, class Format, class DrawsType>
 struct Run {
   using Value = Simd<C>;
   const void* const* in;
+  int64_t at;
+  int64_t index;
+  int64_t in_row;
   Format format;
   const DrawsType& draws;
-  int64_t first;
-  int64_t at;
 
   PEWTER_INLINE Value operator[](int i) const {
     return format.template LoadLanes<C>(static_cast<const char*>(in[i]) + at * format.width());
   }
-  PEWTER_INLINE Mask<C> IndexBelow(int64_t end) const { return LanesBelow<C>(end - first - at); }
-  PEWTER_INLINE Mask<C> RandomBelow(int i, PhiloxKey, uint64_t below) const {
-    return PhiloxBelow<C>(draws.keys[i], first + at, below);
+  PEWTER_INLINE Mask<C> IndexBelow(int64_t end) const { return LanesBelow<C>(end - index); }
+  PEWTER_INLINE Mask<C> RandomBelow(int i, PhiloxKey, uint64_t) const {
+    return draws.template Lanes<C>(i, in_row);
   }
 };
 
@@ -164,34 +190,37 @@ void MapFormats(const Op& shared_op, In in, Out out, const MapArgs& shared_args)
   // Copies, so that the compiler knows that storing results changes neither.
   const Op op = shared_op;
   const MapArgs args = shared_args;
-  const auto draws = DrawsOf(op);
+  auto draws = DrawsOf(op);
   Padded padded;
-  // Streaming stores need whole lines. A head that splits a block of four random words would slow
-  // down all draws, so such an output is stored as usual.
+  // Streaming stores need whole lines, so the elements before the first of them are a row of their
+  // own.
   const int64_t misaligned = reinterpret_cast<uintptr_t>(args.out) % 64;
-  int64_t head = misaligned == 0 ? 0 : (64 - misaligned) / out.width();
-  const bool stream = args.stream && misaligned % out.width() == 0 && head % 4 == 0;
-  if (!stream) head = 0;
-
-  for (int64_t at = 0; at < args.size;) {
-    const int64_t rest = at < head ? head : args.size - at;
-    const bool whole = rest >= kLanes;
-    const int64_t count = whole ? kLanes : rest;
-    if (!whole) [[unlikely]]
-      padded.Fill(args.in, op.inputs(), at, count, in.width());
-    const Run<C, In, decltype(draws)> run{whole ? args.in : padded.in, in, draws,
-                                          whole ? args.first : args.first + at, whole ? at : 0};
-    const Simd<C> value = op(run);
-    char* const to = static_cast<char*>(args.out) + at * out.width();
-    if (stream && whole) {
-      out.template StoreLanes<true>(to, value);
-    } else {
-      alignas(64) char lanes[kLanes * 8];
-      out.template StoreLanes<false>(whole ? to : lanes, value);
+  const bool stream = args.stream && misaligned % out.width() == 0;
+  int64_t end = stream && misaligned != 0 ? (64 - misaligned) / out.width() : kDrawRow;
+  for (int64_t row = 0; row < args.size; row = end, end += kDrawRow) {
+    if (end > args.size) end = args.size;
+    draws.Make(args.first + row, end - row);
+    for (int64_t at = row; at < end; at += kLanes) {
+      const bool whole = end - at >= kLanes;
       if (!whole) [[unlikely]]
-        __builtin_memcpy(to, lanes, count * out.width());
+        padded.Fill(args.in, op.inputs(), at, end - at, in.width());
+      const Run<C, In, decltype(draws)> run{.in = whole ? args.in : padded.in,
+                                            .at = whole ? at : 0,
+                                            .index = args.first + at,
+                                            .in_row = at - row,
+                                            .format = in,
+                                            .draws = draws};
+      const Simd<C> value = op(run);
+      char* const to = static_cast<char*>(args.out) + at * out.width();
+      if (stream && whole) {
+        out.template StoreLanes<true>(to, value);
+      } else {
+        alignas(64) char lanes[kLanes * 8];
+        out.template StoreLanes<false>(whole ? to : lanes, value);
+        if (!whole) [[unlikely]]
+          __builtin_memcpy(to, lanes, (end - at) * out.width());
+      }
     }
-    at += count;
   }
 #if defined(__x86_64__)
   if (stream) _mm_sfence();
@@ -225,20 +254,21 @@ PEWTER_INLINE void Accumulate(Simd<double>& sum, const Simd<C>& terms) {
   if constexpr (sizeof(C) == 8) {
     sum = sum + terms;
   } else {
-    constexpr int half = Simd<float>::kPartLanes / 2;
     PEWTER_UNROLL for (int p = 0; p < Simd<float>::kParts; ++p) {
-      Vector<float, half> parts[2];
-      __builtin_memcpy(parts, &terms.part[p], sizeof(parts));
-      sum.part[2 * p] += __builtin_convertvector(parts[0], Simd<double>::Part);
-      sum.part[2 * p + 1] += __builtin_convertvector(parts[1], Simd<double>::Part);
+      Simd<double>::Part low, high;
+      WidenHalves(terms.part[p], low, high);
+      sum.part[2 * p] += low;
+      sum.part[2 * p + 1] += high;
     }
   }
 }
 
 // Lane l + lane l ^ 16, then 8, 4, 2, 1: the order that CUDA's shuffles have, too.
-PEWTER_INLINE double SumLanes(const Simd<double>& sum) {
+PEWTER_INLINE double SumLanes(Simd<double> sum) {
   double lane[kLanes];
-  __builtin_memcpy(lane, &sum, sizeof(lane));
+  PEWTER_UNROLL for (int p = 0; p < Simd<double>::kParts; ++p) {
+    __builtin_memcpy(lane + p * Simd<double>::kPartLanes, &sum.part[p], sizeof(sum.part[p]));
+  }
   PEWTER_UNROLL for (int width = kLanes / 2; width > 0; width /= 2) {
     PEWTER_UNROLL for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
   }
@@ -248,24 +278,28 @@ PEWTER_INLINE double SumLanes(const Simd<double>& sum) {
 template <class Op>
 void Reduce(const void* erased, const ReduceArgs& args) {
   const Op& op = *static_cast<const Op*>(erased);
-  const auto draws = DrawsOf(op);
+  auto draws = DrawsOf(op);
   Padded padded;
   for (int i = 0; i < op.groups() * Op::kTerms; ++i) args.sums[i] = 0;
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
     using V = Simd<C>;
     for (int64_t row = 0; row < args.size; row += kReduceRow) {
       const int64_t end = row + kReduceRow < args.size ? row + kReduceRow : args.size;
+      draws.Make(args.first + row, end - row);
       for (int g = 0; g < op.groups(); ++g) {
         Simd<double> sums[Op::kTerms];
-        for (Simd<double>& sum : sums) sum = Simd<double>::Broadcast(0);
+        PEWTER_UNROLL for (Simd<double> & sum : sums) sum = Simd<double>::Broadcast(0);
         V terms[Op::kTerms];
         for (int64_t at = row; at < end; at += kLanes) {
           const bool whole = end - at >= kLanes;
           if (!whole) [[unlikely]]
             padded.Fill(args.in, op.inputs(), at, end - at, format.width());
-          const Run<C, Format, decltype(draws)> run{whole ? args.in : padded.in, format, draws,
-                                                    whole ? args.first : args.first + at,
-                                                    whole ? at : 0};
+          const Run<C, Format, decltype(draws)> run{.in = whole ? args.in : padded.in,
+                                                    .at = whole ? at : 0,
+                                                    .index = args.first + at,
+                                                    .in_row = at - row,
+                                                    .format = format,
+                                                    .draws = draws};
           op(run, g, run[op.first(g)], run[op.second(g)], terms);
           if (!whole) [[unlikely]] {
             const Mask<C> exists = LanesBelow<C>(end - at);
@@ -273,7 +307,7 @@ void Reduce(const void* erased, const ReduceArgs& args) {
           }
           PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) Accumulate<C>(sums[t], terms[t]);
         }
-        for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] += SumLanes(sums[t]);
+        PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] += SumLanes(sums[t]);
       }
     }
   });
@@ -316,12 +350,12 @@ PEWTER_INLINE void CountRun(const Simd<C>& magnitude, uint32_t lanes, int shift,
   bins[0] += __builtin_popcount(zeros);
   lanes &= ~zeros;
   if (lanes == 0) return;
-  Vector<uint32_t, Simd<C>::kPartLanes> key[kParts];
-  PEWTER_UNROLL for (int p = 0; p < kParts; ++p) {
-    key[p] = __builtin_convertvector(keys[p], std::remove_cvref_t<decltype(key[p])>);
-  }
   uint32_t bin[kLanes];
-  __builtin_memcpy(bin, key, sizeof(bin));
+  PEWTER_UNROLL for (int p = 0; p < kParts; ++p) {
+    const auto narrow = __builtin_convertvector(keys[p], Vector<uint32_t, Simd<C>::kPartLanes>);
+    __builtin_memcpy(bin + p * Simd<C>::kPartLanes, &narrow, sizeof(narrow));
+  }
+  asm volatile("" : "+m"(bin));  // not taken from the vectors lane by lane
   constexpr int kMany = 4;
   const uint32_t leader = bin[__builtin_ctz(lanes)];
   const uint32_t equal = LanesEqual<C>(keys, leader) & lanes;
@@ -340,7 +374,7 @@ template <class Op>
 void Histogram(const void* erased, const HistogramArgs& args) {
   const Op& op = *static_cast<const Op*>(erased);
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
-    const NoDraws draws;
+    const NoDraws draws(op);
     Padded padded;
     const int shift = static_cast<int>(8 * sizeof(C)) - 16 * (args.level + 1);
     for (int64_t at = 0; at < args.size; at += kLanes) {
@@ -348,8 +382,12 @@ void Histogram(const void* erased, const HistogramArgs& args) {
       const bool whole = rest >= kLanes;
       if (!whole) [[unlikely]]
         padded.Fill(args.in, op.inputs(), at, rest, format.width());
-      const Run<C, Format, NoDraws> run{whole ? args.in : padded.in, format, draws, 0,
-                                        whole ? at : 0};
+      const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
+                                        .at = whole ? at : 0,
+                                        .index = at,
+                                        .in_row = 0,
+                                        .format = format,
+                                        .draws = draws};
       CountRun<C>(op(run), whole ? 0xffffffffu : (1u << rest) - 1, shift, args.level == 0,
                   args.prefix, args.bins);
     }

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,6 +41,59 @@ PEWTER_INLINE T LoadUnaligned(const void* from) {
   T value;
   __builtin_memcpy(&value, from, sizeof(value));
   return value;
+}
+
+// __builtin_convertvector, with the instructions that GCC 12 makes two or more of.
+template <class To, class From>
+PEWTER_INLINE To ConvertVector(From from) {
+  using Element = std::remove_cvref_t<decltype(from[0])>;
+  using Result = std::remove_cvref_t<decltype(std::declval<To>()[0])>;
+  constexpr bool kHalves = std::is_same_v<Element, uint16_t> && std::is_same_v<Result, uint32_t>;
+  constexpr bool kWiden = std::is_same_v<Element, float> && std::is_same_v<Result, double>;
+  constexpr bool kNarrow = std::is_same_v<Element, double> && std::is_same_v<Result, float>;
+  static_cast<void>(kHalves), static_cast<void>(kWiden), static_cast<void>(kNarrow);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(To) == 64 && kHalves) {
+    return BitCast<To>(_mm512_cvtepu16_epi32(BitCast<__m256i>(from)));
+  }
+  if constexpr (sizeof(To) == 64 && kWiden) {
+    return BitCast<To>(_mm512_cvtps_pd(BitCast<__m256>(from)));
+  }
+  if constexpr (sizeof(From) == 64 && kNarrow) {
+    return BitCast<To>(_mm512_cvtpd_ps(BitCast<__m512d>(from)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(To) == 32 && kHalves) {
+    return BitCast<To>(_mm256_cvtepu16_epi32(BitCast<__m128i>(from)));
+  }
+  if constexpr (sizeof(To) == 32 && kWiden) {
+    return BitCast<To>(_mm256_cvtps_pd(BitCast<__m128>(from)));
+  }
+  if constexpr (sizeof(From) == 32 && kNarrow) {
+    return BitCast<To>(_mm256_cvtpd_ps(BitCast<__m256d>(from)));
+  }
+#endif
+  return __builtin_convertvector(from, To);
+}
+
+// The two halves of a part of floats, as doubles.
+template <class Float>
+PEWTER_INLINE void WidenHalves(Float from, Vector<double, sizeof(Float) / 8>& low,
+                               Vector<double, sizeof(Float) / 8>& high) {
+  constexpr int n = sizeof(Float) / 8;
+  using Half [[maybe_unused]] = Vector<float, n>;
+  using Wide = Vector<double, n>;
+#if defined(__AVX512F__)
+  low = ConvertVector<Wide>(BitCast<Half>(_mm512_castps512_ps256(BitCast<__m512>(from))));
+  high = ConvertVector<Wide>(BitCast<Half>(_mm512_extractf32x8_ps(BitCast<__m512>(from), 1)));
+#elif defined(__AVX2__)
+  low = ConvertVector<Wide>(BitCast<Half>(_mm256_castps256_ps128(BitCast<__m256>(from))));
+  high = ConvertVector<Wide>(BitCast<Half>(_mm256_extractf128_ps(BitCast<__m256>(from), 1)));
+#else
+  low = ConvertVector<Wide>(__builtin_shufflevector(from, from, 0, 1));
+  high = ConvertVector<Wide>(__builtin_shufflevector(from, from, 2, 3));
+#endif
 }
 
 // One 32- or 64-bit integer a lane, all ones where true.
@@ -207,9 +262,9 @@ PEWTER_INLINE Vector<float, n> LoadFloats(const void* from) {
         return BitCast<F>(_mm_cvtph_ps(_mm_cvtsi64_si128(BitCast<long long>(bits))));
       }
 #endif
-      return FloatFromF16<F>(__builtin_convertvector(bits, U));
+      return FloatFromF16<F>(ConvertVector<U>(bits));
     } else {
-      return FloatFromBF16<F>(__builtin_convertvector(bits, U));
+      return FloatFromBF16<F>(ConvertVector<U>(bits));
     }
   } else {
     U bits = {};
@@ -231,7 +286,7 @@ PEWTER_INLINE Simd<Compute> Load(const void* from) {
     } else if constexpr (sizeof(Compute) == 4) {
       r.part[p] = LoadFloats<kStored, V::kPartLanes>(at);
     } else {
-      r.part[p] = __builtin_convertvector(LoadFloats<kStored, V::kPartLanes>(at), typename V::Part);
+      r.part[p] = ConvertVector<typename V::Part>(LoadFloats<kStored, V::kPartLanes>(at));
     }
   }
   return r;
@@ -287,9 +342,9 @@ PEWTER_INLINE void StoreFloats(void* to, Vector<float, n> value) {
             to, _mm_cvtsi128_si64(_mm_cvtps_ph(BitCast<__m128>(value), _MM_FROUND_TO_NEAREST_INT)));
       }
 #endif
-      StorePart<kStream>(to, __builtin_convertvector(F16FromFloat<U>(value), Half));
+      StorePart<kStream>(to, ConvertVector<Half>(F16FromFloat<U>(value)));
     } else {
-      StorePart<kStream>(to, __builtin_convertvector(BF16FromFloat<U>(value), Half));
+      StorePart<kStream>(to, ConvertVector<Half>(BF16FromFloat<U>(value)));
     }
   } else {
     const U bits =
@@ -303,52 +358,45 @@ PEWTER_INLINE void Store(void* to, const Simd<Compute>& value) {
   using V = Simd<Compute>;
   constexpr int n = V::kPartLanes;
   char* bytes = static_cast<char*>(to);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Compute) == 4 && kStored == DType::kBF16) {
+    // One permutation takes the upper halves of both parts.
+    using U = Vector<uint32_t, n>;
+    Vector<uint16_t, 32> odd;
+    PEWTER_UNROLL for (int l = 0; l < 32; ++l) odd[l] = 2 * l + 1;
+    return StorePart<kStream>(
+        to, _mm512_permutex2var_epi16(BitCast<__m512i>(RoundedToBF16<U>(value.part[0])),
+                                      BitCast<__m512i>(odd),
+                                      BitCast<__m512i>(RoundedToBF16<U>(value.part[1]))));
+  }
+#endif
   PEWTER_UNROLL for (int p = 0; p < V::kParts; ++p) {
     char* at = bytes + p * n * ByteWidth(kStored);
     if constexpr (sizeof(Compute) == 4 && kStored == DType::kF64) {
-      constexpr int half = n / 2;
-      using Wide = Vector<double, half>;
-      Vector<float, half> parts[2];
-      __builtin_memcpy(parts, &value.part[p], sizeof(parts));
-      StorePart<kStream>(at, __builtin_convertvector(parts[0], Wide));
-      StorePart<kStream>(at + sizeof(Wide), __builtin_convertvector(parts[1], Wide));
+      Vector<double, n / 2> low, high;
+      WidenHalves(value.part[p], low, high);
+      StorePart<kStream>(at, low);
+      StorePart<kStream>(at + sizeof(low), high);
     } else if constexpr (sizeof(Compute) == 4) {
       StoreFloats<kStored, kStream, n>(at, value.part[p]);
     } else if constexpr (kStored == DType::kF64) {
       StorePart<kStream>(at, value.part[p]);
     } else {
       using F = Vector<float, n>;
-      F nearest = __builtin_convertvector(value.part[p], F);
+      F nearest = ConvertVector<F>(value.part[p]);
       if constexpr (kStored != DType::kF32) {
         using W = Vector<uint64_t, n>;
         using U = Vector<uint32_t, n>;
         const W adjustment =
-            OddAdjustment<W>(value.part[p], __builtin_convertvector(nearest, typename V::Part));
-        nearest = BitCast<F>(
-            ApplyOddAdjustment(BitCast<U>(nearest), __builtin_convertvector(adjustment, U)));
+            OddAdjustment<W>(value.part[p], ConvertVector<typename V::Part>(nearest));
+        nearest = BitCast<F>(ApplyOddAdjustment(BitCast<U>(nearest), ConvertVector<U>(adjustment)));
       }
       StoreFloats<kStored, kStream, n>(at, nearest);
     }
   }
 }
 
-// --- Random words -----------------------------------------------------------------------------
-
-// The keys of each Philox round, widened: made once for a call.
-struct PhiloxRoundKeys {
-  uint64_t k0[PhiloxConstants::kRounds];
-  uint64_t k1[PhiloxConstants::kRounds];
-
-  PhiloxRoundKeys() = default;
-  explicit PhiloxRoundKeys(PhiloxKey key) {
-    for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
-      k0[round] = key.k0;
-      k1[round] = key.k1;
-      key.k0 += PhiloxConstants::kW0;
-      key.k1 += PhiloxConstants::kW1;
-    }
-  }
-};
+// --- Random draws -----------------------------------------------------------------------------
 
 using Wide = Vector<uint64_t, kVectorBytes / 8>;
 using Words = Vector<uint32_t, kVectorBytes / 4>;
@@ -366,27 +414,53 @@ PEWTER_INLINE Wide MultiplyLow(Wide a, uint64_t b) {
 #endif
 }
 
-// The words of elements [4 * block, 4 * block + 32) in order. One block a 64-bit lane: the halves
-// above the state's 32 bits hold rubbish, which neither a product's low half nor the result sees.
-PEWTER_INLINE void PhiloxWords(const PhiloxRoundKeys& keys, uint64_t block,
-                               Words words[kLanes * 4 / kVectorBytes]) {
+PEWTER_INLINE Wide Xor3(Wide a, Wide b, uint64_t c) {
+#if defined(__AVX512F__)
+  return BitCast<Wide>(_mm512_ternarylogic_epi64(BitCast<__m512i>(a), BitCast<__m512i>(b),
+                                                 _mm512_set1_epi64(c), 0x96));
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// Elements whose draws are made together: several independent chains of multiplications hide each
+// other's latency.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline constexpr int kDrawVectors = 2;  // more do not fit in the registers
+#else
+inline constexpr int kDrawVectors = 4;
+#endif
+inline constexpr int kDraws = kDrawVectors * kVectorBytes / 8 * 4;
+static_assert(kDraws % 32 == 0);
+
+// words: those of elements [4 * block, 4 * block + kDraws) in order. One block a 64-bit lane: the
+// halves above the state's 32 bits hold rubbish, which neither a product's low half nor the result
+// sees.
+PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, Words words[2 * kDrawVectors]) {
   constexpr int kBlocks = kVectorBytes / 8;
-  constexpr int kVectors = kLanes / 4 / kBlocks;
   Wide lane;
   PEWTER_UNROLL for (int l = 0; l < kBlocks; ++l) lane[l] = l;
-  PEWTER_UNROLL for (int v = 0; v < kVectors; ++v) {
-    const Wide counter = lane + (block + v * kBlocks);
-    Wide c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
-    PEWTER_UNROLL for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
-      const Wide p0 = MultiplyLow(c0, PhiloxConstants::kM0);
-      const Wide p1 = MultiplyLow(c2, PhiloxConstants::kM1);
-      c0 = (p1 >> 32) ^ c1 ^ keys.k0[round];
-      c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ keys.k1[round];
-      c3 = p0;
+  Wide c0[kDrawVectors], c1[kDrawVectors], c2[kDrawVectors], c3[kDrawVectors];
+  PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
+    c0[v] = lane + (block + v * kBlocks);
+    c1[v] = c0[v] >> 32;
+    c2[v] = c3[v] = Wide{};
+  }
+  PEWTER_UNROLL for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
+    PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
+      const Wide p0 = MultiplyLow(c0[v], PhiloxConstants::kM0);
+      const Wide p1 = MultiplyLow(c2[v], PhiloxConstants::kM1);
+      c0[v] = Xor3(p1 >> 32, c1[v], key.k0);
+      c1[v] = p1;
+      c2[v] = Xor3(p0 >> 32, c3[v], key.k1);
+      c3[v] = p0;
     }
-    const Wide w01 = (c0 & 0xffffffffu) | (c1 << 32);
-    const Wide w23 = (c2 & 0xffffffffu) | (c3 << 32);
+    key.k0 += PhiloxConstants::kW0;
+    key.k1 += PhiloxConstants::kW1;
+  }
+  PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
+    const Wide w01 = (c0[v] & 0xffffffffu) | (c1[v] << 32);
+    const Wide w23 = (c2[v] & 0xffffffffu) | (c3[v] << 32);
     Wide low, high;
 #if defined(__AVX512F__)
     low = __builtin_shufflevector(w01, w23, 0, 8, 1, 9, 2, 10, 3, 11);
@@ -403,36 +477,62 @@ PEWTER_INLINE void PhiloxWords(const PhiloxRoundKeys& keys, uint64_t block,
   }
 }
 
-// Which of the 32 elements from `first` have a word < below.
-template <class T>
-PEWTER_INLINE Mask<T> PhiloxBelow(const PhiloxRoundKeys& keys, int64_t first, uint64_t below) {
-  constexpr int kWordVectors = kLanes * 4 / kVectorBytes;
-  Words words[kWordVectors];
-  if (first % 4 == 0) [[likely]] {
-    PhiloxWords(keys, static_cast<uint64_t>(first) / 4, words);
-  } else {
-    // The run straddles one block more: two aligned runs, shifted.
-    Words aligned[2 * kWordVectors];
-    PhiloxWords(keys, static_cast<uint64_t>(first) / 4, aligned);
-    PhiloxWords(keys, static_cast<uint64_t>(first) / 4 + kLanes / 4, aligned + kWordVectors);
-    __builtin_memcpy(words, reinterpret_cast<const uint32_t*>(aligned) + first % 4, sizeof(words));
-  }
-  Mask<T> r;
-  if (below == 0) {
-    PEWTER_UNROLL for (auto& part : r.part) part = typename Mask<T>::Part{};
-    return r;
-  }
+// Bit l says that lane l of `words` is at most `last`.
+PEWTER_INLINE uint32_t BitsAtMost(Words words, uint32_t last) {
+#if defined(__AVX512F__)
+  return _mm512_cmple_epu32_mask(BitCast<__m512i>(words), _mm512_set1_epi32(last));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(BitCast<__m256>(words <= last));
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(BitCast<__m128>(words <= last));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kVectorBytes / 4; ++l) bits |= (words[l] <= last ? 1u : 0u) << l;
+  return bits;
+#endif
+}
+
+// Draws for `count` elements from element `first`: bit i % 32 of bits[i / 32] says that the Philox
+// word of element first + i is < below. `bits` has room for kDraws more.
+inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count, uint32_t* bits) {
+  constexpr int kWordLanes = kVectorBytes / 4;
+  const int shift = static_cast<int>(first % 4);
+  const int64_t end = count + shift;
   const uint32_t last = below > 0xffffffffu ? 0xffffffffu : static_cast<uint32_t>(below - 1);
-  PEWTER_UNROLL for (int v = 0; v < kWordVectors; ++v) {
-    const auto kept = words[v] <= last;
-    if constexpr (sizeof(T) == 4) {
-      r.part[v] = kept;
-    } else {
-      Vector<int32_t, kVectorBytes / 8> halves[2];
-      __builtin_memcpy(halves, &kept, sizeof(halves));
-      r.part[2 * v] = __builtin_convertvector(halves[0], typename Mask<T>::Part);
-      r.part[2 * v + 1] = __builtin_convertvector(halves[1], typename Mask<T>::Part);
+  for (int64_t at = 0; at < end; at += kDraws) {
+    Words words[2 * kDrawVectors];
+    PhiloxWords(key, static_cast<uint64_t>(first + at) / 4, words);
+    uint64_t packed[(kDraws + 63) / 64] = {};
+    if (below > 0) {
+      PEWTER_UNROLL for (int v = 0; v < 2 * kDrawVectors; ++v) {
+        packed[v * kWordLanes / 64] |= static_cast<uint64_t>(BitsAtMost(words[v], last))
+                                       << (v * kWordLanes % 64);
+      }
     }
+    __builtin_memcpy(bits + at / 32, packed, kDraws / 8);
+  }
+  if (shift != 0) {
+    for (int64_t word = 0; word * 32 < count; ++word) {
+      bits[word] = bits[word] >> shift | bits[word + 1] << (32 - shift);
+    }
+  }
+}
+
+// Lane l is bit l.
+template <class T>
+PEWTER_INLINE Mask<T> FromBits(uint32_t bits) {
+  Mask<T> r;
+  PEWTER_UNROLL for (int p = 0; p < Simd<T>::kParts; ++p) {
+    using Part = typename Mask<T>::Part;
+    const uint32_t part = bits >> (p * Simd<T>::kPartLanes);
+#if defined(__AVX512F__)
+    r.part[p] = sizeof(T) == 4 ? BitCast<Part>(_mm512_movm_epi32(static_cast<__mmask16>(part)))
+                               : BitCast<Part>(_mm512_movm_epi64(static_cast<__mmask8>(part)));
+#else
+    Part bit;
+    PEWTER_UNROLL for (int l = 0; l < Simd<T>::kPartLanes; ++l) bit[l] = 1 << l;
+    r.part[p] = ((Part{} + static_cast<int32_t>(part & 0xff)) & bit) == bit;
+#endif
   }
   return r;
 }

@@ -55,11 +55,17 @@ PEWTER_HD F FloatFromF8E4M3(U bits) {
   return BitCast<F>(value | ((bits & 0x80u) << 24));
 }
 
+// bfloat16 in the upper half of each lane; the lower half is rubbish.
+template <class U, class F>
+PEWTER_HD U RoundedToBF16(F value) {
+  const U bits = BitCast<U>(value);
+  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? Constant<U>(0x7fc00000u) : rounded;
+}
+
 template <class U, class F>
 PEWTER_HD U BF16FromFloat(F value) {
-  const U bits = BitCast<U>(value);
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? Constant<U>(0x7fc0u) : rounded;
+  return RoundedToBF16<U>(value) >> 16;
 }
 
 // The sum with a power of two chosen from the exponent makes the adder do the rounding.

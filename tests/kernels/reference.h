@@ -1,0 +1,178 @@
+// Plain references for the kernels, written apart from them: number formats by their definition
+// (sign, exponent, fraction; nearest representable value by division), ops element by element.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "base/dtype.h"
+#include "base/random.h"
+#include "kernels/ops/op_list.h"
+
+namespace pewter::kernels::reference {
+
+struct Format {
+  int exponent_bits;
+  int fraction_bits;
+  bool infinities;  // else only all ones is special, and NaN
+};
+
+inline Format FormatOf(DType dtype) {
+  switch (dtype) {
+    case DType::kF64:
+      return {11, 52, true};
+    case DType::kF32:
+      return {8, 23, true};
+    case DType::kF16:
+      return {5, 10, true};
+    case DType::kBF16:
+      return {8, 7, true};
+    case DType::kF8E5M2:
+      return {5, 2, true};
+    default:
+      return {4, 3, false};
+  }
+}
+
+inline double Decode(DType dtype, uint64_t bits) {
+  if (dtype == DType::kF64) return std::bit_cast<double>(bits);
+  const Format f = FormatOf(dtype);
+  const int bias = (1 << (f.exponent_bits - 1)) - 1;
+  const int64_t fraction = bits & ((uint64_t{1} << f.fraction_bits) - 1);
+  const int exponent = (bits >> f.fraction_bits) & ((1 << f.exponent_bits) - 1);
+  const bool negative = bits >> (f.fraction_bits + f.exponent_bits) & 1;
+  double value;
+  if (exponent == (1 << f.exponent_bits) - 1 &&
+      (f.infinities || fraction == (1 << f.fraction_bits) - 1)) {
+    value = f.infinities && fraction == 0 ? INFINITY : NAN;
+  } else if (exponent == 0) {
+    value = std::ldexp(static_cast<double>(fraction), 1 - bias - f.fraction_bits);
+  } else {
+    value = std::ldexp(static_cast<double>((int64_t{1} << f.fraction_bits) + fraction),
+                       exponent - bias - f.fraction_bits);
+  }
+  return negative ? -value : value;
+}
+
+// Nearest, ties to even; a NaN has any NaN's bits.
+inline uint64_t Encode(DType dtype, double value) {
+  if (dtype == DType::kF64) return std::bit_cast<uint64_t>(value);
+  const Format f = FormatOf(dtype);
+  const int bias = (1 << (f.exponent_bits - 1)) - 1;
+  const uint64_t sign = static_cast<uint64_t>(std::signbit(value))
+                        << (f.exponent_bits + f.fraction_bits);
+  const uint64_t all_ones = (uint64_t{1} << (f.exponent_bits + f.fraction_bits)) - 1;
+  const uint64_t infinity =
+      f.infinities ? all_ones ^ ((uint64_t{1} << f.fraction_bits) - 1) : all_ones;
+  if (std::isnan(value)) return sign | all_ones;
+  if (std::isinf(value)) return sign | infinity;
+  if (value == 0) return sign;
+  int exponent;
+  std::frexp(value, &exponent);  // |value| in [2^(exponent-1), 2^exponent)
+  exponent = std::max(exponent - 1, 1 - bias);
+  // In units of the last place; an even count is an even fraction.
+  const auto units = static_cast<uint64_t>(
+      std::nearbyint(std::ldexp(std::abs(value), f.fraction_bits - exponent)));
+  // Counting on from the smallest number of the binade carries into the exponent by itself.
+  const uint64_t bits = (static_cast<uint64_t>(exponent + bias - 1) << f.fraction_bits) + units;
+  return sign | std::min(bits, infinity);
+}
+
+inline uint64_t ReadBits(DType dtype, const void* at) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, at, ByteWidth(dtype));
+  return bits;
+}
+inline void WriteBits(DType dtype, uint64_t bits, void* at) {
+  std::memcpy(at, &bits, ByteWidth(dtype));
+}
+
+inline bool SameValue(DType dtype, uint64_t a, uint64_t b) {
+  return a == b || (std::isnan(Decode(dtype, a)) && std::isnan(Decode(dtype, b)));
+}
+
+// Model i's delta with what is not kept zeroed.
+template <class T>
+T KeptDelta(const TaskVectorSum::Model& model, T base, T x, int64_t index) {
+  const T delta = x - base;
+  switch (model.keep) {
+    case Keep::kAll:
+      return delta;
+    case Keep::kNone:
+      return 0;
+    case Keep::kMagnitude: {
+      const T threshold = static_cast<T>(model.threshold);
+      const bool kept =
+          std::abs(delta) > threshold || (std::abs(delta) == threshold && index < model.ties_end);
+      return kept ? delta : 0;
+    }
+    case Keep::kRandom:
+      return PhiloxWord(model.key, static_cast<uint64_t>(index)) < model.draw_below ? delta : 0;
+  }
+  return 0;
+}
+
+template <class T>
+T Evaluate(const WeightedSum& op, const std::vector<T>& x, int64_t) {
+  T sum = 0;
+  for (int i = 0; i < op.count; ++i) {
+    const T product = x[i] * static_cast<T>(op.weight[i]);
+    sum = i == 0 ? product : sum + product;
+  }
+  return op.divisor == 1 ? sum : sum / static_cast<T>(op.divisor);
+}
+
+template <class T>
+T Evaluate(const TaskVectorSum& op, const std::vector<T>& x, int64_t index) {
+  std::vector<T> d(op.count);
+  T sum = 0;
+  for (int i = 0; i < op.count; ++i) {
+    d[i] = KeptDelta(op.model[i], x[0], x[1 + i], index);
+    d[i] = d[i] * static_cast<T>(op.model[i].scale);
+    d[i] = d[i] * static_cast<T>(op.model[i].weight);
+    sum += d[i];
+  }
+  T mixed = sum;
+  T divisor = static_cast<T>(op.weight_sum);
+  if (op.elect_sign) {
+    mixed = divisor = 0;
+    for (int i = 0; i < op.count; ++i) {
+      if (sum >= 0 ? d[i] > 0 : d[i] < 0) {
+        mixed += d[i];
+        divisor += static_cast<T>(op.model[i].weight);
+      }
+    }
+    if (divisor == 0) divisor = 1;
+  }
+  if (op.normalize) mixed = mixed / divisor;
+  return x[0] + mixed * static_cast<T>(op.lambda);
+}
+
+template <class T>
+std::vector<T> EvaluateTerms(const DotNorms&, const std::vector<T>& x, int64_t) {
+  return {x[0] * x[0], x[1] * x[1], x[0] * x[1]};
+}
+template <class T>
+std::vector<T> EvaluateTerms(const DeltaAbsSums& op, const std::vector<T>& x, int64_t index) {
+  std::vector<T> terms;
+  for (int i = 0; i < op.task.count; ++i) {
+    terms.push_back(std::abs(x[1 + i] - x[0]));
+    terms.push_back(std::abs(KeptDelta(op.task.model[i], x[0], x[1 + i], index)));
+  }
+  return terms;
+}
+template <class T>
+std::vector<T> EvaluateTerms(const CountEqualMagnitude& op, const std::vector<T>& x, int64_t) {
+  std::vector<T> terms;
+  for (int i = 0; i < op.task.count; ++i) {
+    const bool equal = std::abs(x[1 + i] - x[0]) == static_cast<T>(op.task.model[i].threshold);
+    terms.push_back(equal ? 1 : 0);
+  }
+  return terms;
+}
+
+}  // namespace pewter::kernels::reference
