@@ -1,5 +1,6 @@
 // pewter inspect: what a model, an adapter or a merge result holds, from headers and small files.
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -15,6 +16,7 @@
 #include "base/units.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
+#include "client/recipe_paths.h"
 #include "merge/checkpoint/architecture.h"
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/checkpoint/safetensors.h"
@@ -132,8 +134,10 @@ absl::StatusOr<Findings> Inspect(absl::string_view text) {
   ASSIGN_OR_RETURN(const ModelRef ref, ParseModelRef(text));
   if (ref.adapter.empty()) {
     // An adapter alone is no checkpoint, so it is recognised first.
+    const std::string folder =
+        PortableModelPath(ref.path, std::filesystem::current_path().string());
     const absl::StatusOr<std::shared_ptr<ObjectStore>> store =
-        OpenStore(ref.revision.empty() ? ref.path : absl::StrCat(ref.path, "@", ref.revision));
+        OpenStore(ref.revision.empty() ? folder : absl::StrCat(folder, "@", ref.revision));
     if (store.ok()) {
       const absl::StatusOr<Json> config = ReadJson(**store, kAdapterConfig);
       if (config.ok()) return InspectAdapter(**store, *config);

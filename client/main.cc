@@ -9,6 +9,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/nearest.h"
+#include "base/version.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
 #include "client/output.h"
@@ -70,7 +71,7 @@ bool AsksForJson(int argc, char** argv) {
 
 int Main(int argc, char** argv) {
   CommandLine line;
-  line.app.set_version_flag("--version", "pewter " PEWTER_VERSION);
+  line.app.set_version_flag("--version", absl::StrCat("pewter ", kVersion));
   if (argc <= 1) {
     // Asked for nothing: say what there is.
     Output({}).Text(line.app.help());

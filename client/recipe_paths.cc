@@ -13,6 +13,7 @@
 #include "client/output.h"
 #include "merge/recipe/recipe.h"
 #include "merge/recipe/yaml.h"
+#include "store/hub_cache_store.h"
 
 namespace pewter::client {
 
@@ -25,16 +26,6 @@ std::string Absolute(absl::string_view path, const std::string& working_director
       (fs::path(working_directory) / std::string(path)).lexically_normal().string();
   if (absolute.size() > 1 && absolute.back() == '/') absolute.pop_back();
   return absolute;
-}
-
-bool IsRelativePath(absl::string_view path, const std::string& working_directory) {
-  if (path.empty() || path.front() == '/' || absl::StrContains(path, "://")) return false;
-  if (path == "." || path == ".." || absl::StartsWith(path, "./") ||
-      absl::StartsWith(path, "../")) {
-    return true;
-  }
-  std::error_code error;  // as good as absent
-  return fs::exists(fs::path(working_directory) / std::string(path), error);
 }
 
 // Every model that the recipe names.
@@ -97,15 +88,18 @@ absl::StatusOr<std::optional<std::string>> NewText(absl::string_view text, bool 
                                                    const std::string& working_directory,
                                                    const std::string& what) {
   if (!whole_reference) {
-    if (!IsRelativePath(text, working_directory)) return std::nullopt;
-    return Absolute(text, working_directory);
+    std::string portable = PortableModelPath(text, working_directory);
+    if (portable == text) return std::nullopt;
+    return portable;
   }
   ASSIGN_OR_RETURN(ModelRef ref, ParseModelRef(text));
   bool changed = false;
   for (std::string* path : {&ref.path, &ref.adapter}) {
-    if (!IsRelativePath(*path, working_directory)) continue;
-    *path = Absolute(*path, working_directory);
+    if (path->empty()) continue;
+    std::string portable = PortableModelPath(*path, working_directory);
+    if (portable == *path) continue;
     changed = true;
+    *path = std::move(portable);
     if (path->find_first_of("@+") != std::string::npos) {
       return absl::InvalidArgumentError(absl::StrCat(
           what, ": the absolute path ", *path,
@@ -121,7 +115,7 @@ absl::StatusOr<std::optional<std::string>> NewText(absl::string_view text, bool 
 std::string Quote(const std::string& text) {
   const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) {
     return std::isalnum(c) != 0 || c == '/' || c == '.' || c == '_' || c == '-' || c == '+' ||
-           c == '@';
+           c == '@' || c == ':';
   });
   return plain ? text : Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
 }
@@ -206,15 +200,27 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
       }
       const bool compound =
           root.kind == YamlNode::Kind::kSequence || root.kind == YamlNode::Kind::kMapping;
-      if (compound && absl::StrContains(value, ref.path) &&
-          (IsRelativePath(ref.path, working_directory) ||
-           IsRelativePath(ref.adapter, working_directory))) {
+      ASSIGN_OR_RETURN(const std::optional<std::string> portable,
+                       NewText(ref.ToString(), /*whole_reference=*/true, working_directory, what));
+      if (compound && portable.has_value() && absl::StrContains(value, ref.path)) {
         return absl::InvalidArgumentError(
-            absl::StrCat(what, ": write ", ref.path, " as an absolute path for a server"));
+            absl::StrCat(what, ": for a server, write ", ref.ToString(), " as ", *portable));
       }
     }
   }
   return portable;
+}
+
+std::string PortableModelPath(absl::string_view path, const std::string& working_directory) {
+  if (absl::StartsWith(path, "/") || absl::StrContains(path, "://")) return std::string(path);
+  const bool says_local =
+      path == "." || path == ".." || absl::StartsWith(path, "./") || absl::StartsWith(path, "../");
+  std::error_code error;  // as good as absent
+  if (!says_local && !fs::exists(fs::path(working_directory) / std::string(path), error) &&
+      HubCacheStore::IsModelId(path)) {
+    return absl::StrCat("hf://", path);
+  }
+  return Absolute(path, working_directory);
 }
 
 std::string AbsoluteDestination(absl::string_view path, const std::string& working_directory) {

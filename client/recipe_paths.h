@@ -1,5 +1,6 @@
 // Makes a recipe portable: a server has another working directory, so relative paths of models
-// become absolute before the recipe is sent. Nothing else of the text changes, comments included.
+// become absolute before the recipe is sent, and hub ids become hf:// URIs. Nothing else of the
+// text changes, comments included.
 #pragma once
 
 #include <string>
@@ -17,14 +18,16 @@ struct PortableRecipe {
   std::vector<std::string> warnings;  // of the recipe
 };
 
-// A path is local when it starts with ./ or ../ or names something below `working_directory`
-// (absolute); other words are hub ids and stay. InvalidArgument, with the position, for what
-// ParseRecipe refuses and for a path that is written in a way that cannot be replaced (escapes,
-// several lines, '@' or '+' in the absolute path).
+// `working_directory` is absolute. InvalidArgument, with the position, for what ParseRecipe refuses
+// and for a path that is written in a way that cannot be replaced (escapes, several lines, '@' or
+// '+' in the absolute path).
 absl::StatusOr<PortableRecipe> MakePathsAbsolute(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
     const std::string& working_directory);
 
+// One path of a model: absolute paths and URIs stay; what starts with ./ or ../ or exists below
+// `working_directory` is a local path; of the rest, what looks like ORG/NAME is a hub id.
+std::string PortableModelPath(absl::string_view path, const std::string& working_directory);
 // The same for a place to write to: a URI stays, everything else is a local path.
 std::string AbsoluteDestination(absl::string_view path, const std::string& working_directory);
 

@@ -49,7 +49,7 @@ TEST_F(RecipePathsTest, ChangesPathsAndNothingElse) {
                       "    parameters: {weight: 1}\n"
                       "  - model: hf://org/name\n"
                       "    parameters: {weight: 1}\n"
-                      "  - model: org/name\n"
+                      "  - model: org/name  # of the hub\n"
                       "    parameters: {weight: 1}\n"
                       "  - model: here@main+./lora@v2\n"
                       "    parameters: {weight: 1}\n"
@@ -76,7 +76,7 @@ TEST_F(RecipePathsTest, ChangesPathsAndNothingElse) {
                 "    parameters: {weight: 1}\n"
                 "  - model: hf://org/name\n"
                 "    parameters: {weight: 1}\n"
-                "  - model: org/name\n"
+                "  - model: hf://org/name  # of the hub\n"
                 "    parameters: {weight: 1}\n"
                 "  - model: " +
                 At("here") + "@main+" + At("lora") +
