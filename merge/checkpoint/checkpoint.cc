@@ -93,7 +93,13 @@ absl::StatusOr<Location> Locate(const std::string& path, const std::string& revi
   return Location{.store = *std::move(snapshot)};
 }
 
-bool Exists(ObjectStore& store, absl::string_view key) { return store.Stat(key).ok(); }
+// False for NotFound alone: a file that is there and cannot be read is an error.
+absl::StatusOr<bool> Exists(ObjectStore& store, absl::string_view key) {
+  const absl::Status stat = store.Stat(key).status();
+  if (absl::IsNotFound(stat)) return false;
+  RETURN_IF_ERROR(stat);
+  return true;
+}
 
 // Why a Hugging Face folder has no weights that can be read.
 absl::Status NoWeights(ObjectStore& store, const std::vector<ObjectEntry>& entries) {
@@ -110,8 +116,8 @@ absl::Status NoWeights(ObjectStore& store, const std::vector<ObjectEntry>& entri
     if (absl::EndsWith(entry.key, kExtension)) {
       return absl::FailedPreconditionError(absl::StrCat(
           folder, " has neither ", kSingle, " nor ", kIndex, ", but ", Printable(entry.key),
-          Exists(store, "adapter_config.json") ? ": it is an adapter; write it as BASE+ADAPTER"
-                                               : ": the index of its shards is missing"));
+          store.Stat("adapter_config.json").ok() ? ": it is an adapter; write it as BASE+ADAPTER"
+                                                 : ": the index of its shards is missing"));
     }
   }
   return absl::FailedPreconditionError(
@@ -131,6 +137,9 @@ class OpenedCheckpoint final : public Checkpoint {
       RETURN_IF_ERROR(AddFile(location.file));
     }
     for (const auto& [tensor, stored] : tensors_) names_.push_back(tensor);
+    if (names_.empty()) {
+      return absl::FailedPreconditionError("there are no tensors in it");
+    }
     std::sort(names_.begin(), names_.end());
     if (ref_.adapter.empty()) return absl::OkStatus();
     return Annotate(OpenAdapter(), absl::StrCat("adapter ", ref_.adapter));
@@ -181,14 +190,17 @@ class OpenedCheckpoint final : public Checkpoint {
   };
 
   absl::Status OpenFolder() {
-    ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, store_->List(""));
-    raw_ = !Exists(*store_, kConfig);
-    if (!raw_) {
+    ASSIGN_OR_RETURN(const bool has_config, Exists(*store_, kConfig));
+    ASSIGN_OR_RETURN(const bool has_index, Exists(*store_, kIndex));
+    raw_ = !has_config;
+    if (has_config) {
       ASSIGN_OR_RETURN(config_json_, ReadText(*store_, kConfig, kMaxConfigBytes));
     }
-    if (Exists(*store_, kIndex)) return OpenIndexed();
-    if (!raw_) {
-      return Exists(*store_, kSingle) ? AddFile(std::string(kSingle)) : NoWeights(*store_, entries);
+    if (has_index) return OpenIndexed();
+    ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, store_->List(""));
+    if (has_config) {
+      ASSIGN_OR_RETURN(const bool has_weights, Exists(*store_, kSingle));
+      return has_weights ? AddFile(std::string(kSingle)) : NoWeights(*store_, entries);
     }
     for (const ObjectEntry& entry : entries) {
       if (!absl::EndsWith(entry.key, kExtension) || absl::StrContains(entry.key, '/')) continue;

@@ -2,10 +2,12 @@
 
 #include <re2/re2.h>
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <nlohmann/json.hpp>
+#include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "merge/checkpoint/printable.h"
@@ -68,6 +70,7 @@ absl::StatusOr<double> Number(const Json& json, const char* key) {
 
 absl::StatusOr<LoraConfig> LoraConfig::Parse(absl::string_view text) {
   const Json json = Json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) return absl::DataLossError("it is not valid JSON");
   if (!json.is_object()) return absl::DataLossError("it is not a JSON object");
   const auto type = json.find("peft_type");
   if (type == json.end() || !type->is_string() || type->get_ref<const std::string&>() != "LORA") {

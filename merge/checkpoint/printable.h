@@ -9,12 +9,14 @@
 
 namespace pewter {
 
-// `name` in quotes, control characters escaped, and cut when long: a hostile name neither writes to
-// the terminal nor fills the log.
+// `name`, which is UTF-8, in quotes, with control characters escaped, and cut when long: a hostile
+// name neither writes to the terminal nor fills the log.
 inline std::string Printable(absl::string_view name) {
   constexpr size_t kLimit = 200;
-  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(name.substr(0, kLimit)),
-                      name.size() > kLimit ? "...\"" : "\"");
+  if (name.size() <= kLimit) return absl::StrCat("\"", absl::Utf8SafeCHexEscape(name), "\"");
+  size_t end = kLimit;
+  while (end > 0 && (name[end] & 0xc0) == 0x80) --end;  // not within a character
+  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(name.substr(0, end)), "...\"");
 }
 
 }  // namespace pewter

@@ -227,7 +227,7 @@ class HeaderHandler final : public nlohmann::json_sax<Json> {
       case State::kMetadata:
         return Fail(absl::StrCat("__metadata__ must map strings to strings, but has ", what));
       default:
-        return FailTensor(absl::StrCat("unexpected ", what));
+        return FailTensor(absl::StrCat(what, " in the wrong place"));
     }
   }
 
