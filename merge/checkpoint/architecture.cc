@@ -427,7 +427,7 @@ absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(Models i
       return absl::FailedPreconditionError(
           absl::StrCat("architectures differ: model ", inputs[0]->ref().ToString(), " has ",
                        names[0], ", model ", inputs[i]->ref().ToString(), " has ", names[i],
-                       "; --allow-mixed merges them as if they were ", names[0]));
+                       "; --allow-crimes merges them as if they were ", names[0]));
     }
   }
   if (std::find(known.begin(), known.end(), nullptr) != known.end()) {

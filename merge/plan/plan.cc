@@ -126,7 +126,7 @@ class Planner {
     if (model_index_.contains(name)) return absl::OkStatus();
     auto checkpoint = Checkpoint::Open(ref);
     if (!checkpoint.ok()) {
-      return Annotate(checkpoint.status(), absl::StrCat(ref.at.ToString(), ": model ", name));
+      return Annotate(checkpoint.status(), ref.at.ToString());
     }
     model_index_[name] = static_cast<int>(plan_.models.size());
     plan_.models.push_back({.ref = name,

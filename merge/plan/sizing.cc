@@ -1,0 +1,79 @@
+#include "merge/plan/sizing.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "base/units.h"
+#include "kernels/backends.h"
+
+namespace pewter {
+namespace {
+
+// On the CPU a tile of every input stays in the core's cache from the read to the last use; a GPU
+// wants enough for its launch and transfer costs to vanish.
+constexpr int64_t kCpuTileElements = 2 * kernels::kReduceBlock;
+constexpr int64_t kCudaTileElements = 64 * kernels::kReduceBlock;
+// Lanes of a GPU: reading, uploading, computing and downloading overlap between them.
+constexpr int kCudaLanes = 4;
+constexpr int kLanesPerOpenShard = 4;
+constexpr int64_t kLargestWindow = int64_t{64} << 20;
+constexpr int64_t kLeastWindowTiles = 4;
+
+}  // namespace
+
+absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
+  const PlanOptions& options = plan.options;
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
+  Sizing sizing{.tile_elements = device.cuda ? kCudaTileElements : kCpuTileElements};
+
+  int64_t most_operands = 1, widest = 1, resident = 0;
+  for (const PlanTensor& tensor : plan.tensors) {
+    const auto see = [&](const PlanInput& input) {
+      widest = std::max(widest, ByteWidth(input.source->dtype()));
+      resident += input.source->resident_bytes();
+    };
+    std::for_each(tensor.inputs.begin(), tensor.inputs.end(), see);
+    if (tensor.base) see(*tensor.base);
+    widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
+    most_operands = std::max<int64_t>(
+        most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
+    if (tensor.method == nullptr || tensor.method->whole_tensor_bytes_per_element == 0) continue;
+    ASSIGN_OR_RETURN(
+        const int64_t whole,
+        CheckedMul(tensor.shape.elements(), tensor.method->whole_tensor_bytes_per_element));
+    if (whole > options.memory_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "tensor ", tensor.name, " ", tensor.shape.ToString(), " needs ", FormatBytes(whole),
+          " with ", tensor.method->name, " and the memory budget is ",
+          FormatBytes(options.memory_bytes), "; raise --memory"));
+    }
+  }
+
+  const int64_t tile_bytes = sizing.tile_elements * widest;
+  // A tile of each operand and of the result, and a histogram of each operand.
+  const int64_t lane_bytes =
+      (most_operands + 1) * tile_bytes + most_operands * kernels::kRadixBins * 8;
+  const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes;
+  if (least > options.memory_bytes) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the merge needs at least ", FormatBytes(least), " (", FormatBytes(resident),
+                     " of it for adapters and token maps) and the memory budget is ",
+                     FormatBytes(options.memory_bytes), "; raise --memory"));
+  }
+  // Half of what is left for lanes, a quarter for windows, the rest for what the process needs
+  // besides.
+  const int64_t free = options.memory_bytes - resident;
+  const int64_t wanted = device.cuda ? std::max(kCudaLanes, options.threads) : options.threads;
+  sizing.lanes = static_cast<int>(std::clamp<int64_t>(free / 2 / lane_bytes, 1, wanted));
+  sizing.open_shards = std::clamp(sizing.lanes / kLanesPerOpenShard, 1,
+                                  std::max(1, static_cast<int>(plan.shards.size())));
+  const int64_t least_window = kLeastWindowTiles * tile_bytes;
+  sizing.window_bytes = std::clamp(free / 4 / sizing.open_shards, least_window,
+                                   std::max(kLargestWindow, least_window));
+  sizing.peak_bytes =
+      resident + sizing.lanes * lane_bytes + sizing.open_shards * sizing.window_bytes;
+  return sizing;
+}
+
+}  // namespace pewter
