@@ -273,6 +273,7 @@ absl::StatusOr<v1::ClaimJobResponse> JobManager::Claim(absl::string_view token,
   worker.state = response.job().state();
   worker.renewed = BootClock();
   worker.deadline = worker.renewed + options_.lease;
+  schedule_.Signal();  // which waits for the later end of the time to start
   SetDuration(options_.lease, response.mutable_lease_duration());
   Announce(response.job());
   Log(LogLevel::kInfo, "job claimed",

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "server/errors.h"
 #include "server/jobs/job_state.h"
 #include "server/jobs/job_store.h"
@@ -47,9 +49,9 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
     NewJob request;
     request.job.set_id(id);
     request.job.set_recipe("merge_method: linear");
-    request.job.set_destination_uri("/out/" + id);
-    request.request_digest = "digest of " + id;
-    request.destination_key = "/out/" + id;
+    request.job.set_destination_uri(absl::StrCat("/out/", id));
+    request.request_digest = absl::StrCat("digest of ", id);
+    request.destination_key = absl::StrCat("/out/", id);
     return request;
   }
   v1::Job Create(const NewJob& request) {
@@ -155,7 +157,7 @@ TEST_P(JobStoreContract, ConcurrentSameRequestsMakeOneJob) {
   std::atomic<int> made = 0;
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&, i] {
-      NewJob request = MakeJob("job" + std::to_string(i));
+      NewJob request = MakeJob(absl::StrCat("job", i));
       request.job.set_request_id("r1");
       request.request_digest = "same";
       request.destination_key = "/out/same";
@@ -364,7 +366,7 @@ TEST_P(JobStoreContract, WarningsAreEventsOnceAndBounded) {
   EXPECT_EQ((*events)[0].warning(), "one");
 
   std::vector<std::string> many;
-  for (int i = 0; i < 2 * JobStore::kMaxWarnings; ++i) many.push_back("w" + std::to_string(i));
+  for (int i = 0; i < 2 * JobStore::kMaxWarnings; ++i) many.push_back(absl::StrCat("w", i));
   ASSERT_THAT(store().AddWarnings("a", 1, many), IsOk());
   EXPECT_EQ(Get("a").warnings_size(), JobStore::kMaxWarnings);
 }
@@ -376,8 +378,7 @@ TEST_P(JobStoreContract, EventsAreNumberedWithoutGapsUnderConcurrency) {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
       for (int k = 0; k < 10; ++k) {
-        EXPECT_THAT(store().AddWarnings("a", 1, {std::to_string(i) + "/" + std::to_string(k)}),
-                    IsOk());
+        EXPECT_THAT(store().AddWarnings("a", 1, {absl::StrCat(i, "/", k)}), IsOk());
       }
     });
   }

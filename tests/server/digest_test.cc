@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
 #include "pewter/v1/merge_service.pb.h"
 #include "server/errors.h"
 
@@ -11,8 +12,8 @@ namespace {
 
 TEST(DigestOf, DoesNotDependOnTheOrderOfMaps) {
   v1::CreateJobRequest a, b;
-  for (int i = 0; i < 50; ++i) (*a.mutable_labels())[std::to_string(i)] = "v";
-  for (int i = 49; i >= 0; --i) (*b.mutable_labels())[std::to_string(i)] = "v";
+  for (int i = 0; i < 50; ++i) a.mutable_labels()->insert({absl::StrCat(i), "v"});
+  for (int i = 49; i >= 0; --i) b.mutable_labels()->insert({absl::StrCat(i), "v"});
   EXPECT_EQ(DigestOf(a), DigestOf(b));
   b.set_priority(1);
   EXPECT_NE(DigestOf(a), DigestOf(b));

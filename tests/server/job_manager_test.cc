@@ -8,6 +8,7 @@
 #include <functional>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/errors.h"
 #include "server/jobs/job_state.h"
@@ -42,7 +43,7 @@ class JobManagerTest : public ::testing::Test {
   void Start(const JobManagerOptions& options) {
     manager_.reset();
     log_ = std::make_unique<FakeExecutor::Log>();
-    auto store = OpenJobStore("sqlite:" + folder_ / "jobs.db");
+    auto store = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"));
     ASSERT_THAT(store, IsOk());
     manager_ = std::make_unique<JobManager>(*std::move(store), options);
     ASSERT_THAT(manager_->Start(std::make_unique<FakeExecutor>(log_.get())), IsOk());
@@ -208,8 +209,8 @@ TEST_F(JobManagerTest, OverridesAreCheckedWithTheRecipe) {
 
 TEST_F(JobManagerTest, EqualPlacesAreOneDestination) {
   const std::string id = Create("out");
-  for (const std::string& name :
-       {folder_ / "out/", folder_.path() + "/x/../out", "file://" + folder_ / "out"}) {
+  for (const std::string& name : {folder_ / "out/", absl::StrCat(folder_.path(), "/x/../out"),
+                                  absl::StrCat("file://", folder_ / "out")}) {
     v1::CreateJobRequest request = Request("out");
     request.set_destination_uri(name);
     EXPECT_THAT(manager_->Create(request),
@@ -384,7 +385,7 @@ TEST_F(JobManagerTest, TokensAreOfOneJob) {
   EXPECT_GE(a.token.size(), 32u);
   v1::ClaimJobRequest request;
   request.set_job_id(a.job_id);
-  for (const std::string& token : {b.token, std::string(), a.token + "x"}) {
+  for (const std::string& token : {b.token, std::string(), absl::StrCat(a.token, "x")}) {
     const auto claim = manager_->Claim(token, request);
     EXPECT_EQ(claim.status().code(), absl::StatusCode::kUnauthenticated);
     EXPECT_EQ(ReasonOf(claim.status()), "TOKEN_INVALID");
@@ -484,7 +485,7 @@ TEST_F(JobManagerTest, JobsOutliveTheServer) {
   const v1::Job job = ClaimLaunch(1);
   ASSERT_THAT(Beat(job, v1::JOB_STATE_RUNNING), IsOk());
   const std::string queued = Create("b");
-  const std::string old_token = token_;
+  std::string old_token = token_;
   Start({.retry_delay = absl::Milliseconds(1)});
   EXPECT_EQ(Get(running).error().reason(), "WORKER_LOST");
   std::vector<std::string> ids;
@@ -494,9 +495,9 @@ TEST_F(JobManagerTest, JobsOutliveTheServer) {
     EXPECT_EQ(next.attempt(), next.id() == running ? 2 : 1);
     // The worker of the last server is a stranger.
     if (next.id() == running) {
-      std::swap(token_, const_cast<std::string&>(old_token));
+      std::swap(token_, old_token);
       EXPECT_FALSE(Beat(job, v1::JOB_STATE_RUNNING).ok());
-      std::swap(token_, const_cast<std::string&>(old_token));
+      std::swap(token_, old_token);
     }
     ASSERT_THAT(Succeed(next), IsOk());
     log_->End({.job_id = next.id()});

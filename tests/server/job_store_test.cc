@@ -17,7 +17,7 @@ class SqliteFixture final : public JobStoreFixture {
   JobStore& store() override { return *store_; }
   void Reopen() override {
     store_.reset();
-    auto opened = OpenJobStore("sqlite:" + folder_ / "jobs.db");
+    auto opened = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"));
     ASSERT_THAT(opened, IsOk());
     store_ = *std::move(opened);
   }
@@ -41,29 +41,29 @@ TEST(OpenJobStore, RefusesOtherDatabases) {
 
 TEST(OpenJobStore, NamesTheFileThatCannotBeOpened) {
   const TempFolder folder;
-  EXPECT_THAT(OpenJobStore("sqlite:" + folder.path() + "/none/jobs.db"),
+  EXPECT_THAT(OpenJobStore(absl::StrCat("sqlite:", folder.path(), "/none/jobs.db")),
               StatusIs(absl::StatusCode::kUnavailable, HasSubstr("none/jobs.db")));
-  EXPECT_THAT(OpenJobStore("sqlite:" + folder.Write("text", std::string(5000, 'x'))),
+  EXPECT_THAT(OpenJobStore(absl::StrCat("sqlite:", folder.Write("text", std::string(5000, 'x')))),
               StatusIs(absl::StatusCode::kUnavailable, HasSubstr("not a database")));
 }
 
 TEST(OpenJobStore, RefusesAFileOfANewerVersion) {
   const TempFolder folder;
   const std::string path = folder / "jobs.db";
-  ASSERT_THAT(OpenJobStore("sqlite:" + path), IsOk());
+  ASSERT_THAT(OpenJobStore(absl::StrCat("sqlite:", path)), IsOk());
   sqlite3* database = nullptr;
   ASSERT_EQ(sqlite3_open(path.c_str(), &database), SQLITE_OK);
   ASSERT_EQ(sqlite3_exec(database, "PRAGMA user_version = 99", nullptr, nullptr, nullptr),
             SQLITE_OK);
   sqlite3_close(database);
-  EXPECT_THAT(OpenJobStore("sqlite:" + path),
+  EXPECT_THAT(OpenJobStore(absl::StrCat("sqlite:", path)),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("99")));
 }
 
 TEST(OpenJobStore, IsDurable) {
   const TempFolder folder;
   const std::string path = folder / "jobs.db";
-  ASSERT_THAT(OpenJobStore("sqlite:" + path), IsOk());
+  ASSERT_THAT(OpenJobStore(absl::StrCat("sqlite:", path)), IsOk());
   sqlite3* database = nullptr;
   ASSERT_EQ(sqlite3_open(path.c_str(), &database), SQLITE_OK);
   std::string mode;

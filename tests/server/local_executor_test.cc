@@ -9,6 +9,7 @@
 #include <cerrno>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "tests/support/matchers.h"
 #include "tests/support/temp_folder.h"
@@ -25,7 +26,7 @@ class LocalExecutorTest : public ::testing::Test {
  protected:
   // An executor whose workers run this shell script.
   std::unique_ptr<Executor> Make(const std::string& script) {
-    const std::string path = folder_.Write("worker", "#!/bin/sh\n" + script + "\n");
+    const std::string path = folder_.Write("worker", absl::StrCat("#!/bin/sh\n", script, "\n"));
     chmod(path.c_str(), 0700);
     auto executor = MakeLocalExecutor({.binary = path, .server_address = "127.0.0.1:1"});
     EXPECT_THAT(executor, IsOk());
@@ -101,7 +102,7 @@ TEST_F(LocalExecutorTest, InheritsNoDescriptorsAndNoBlockedSignals) {
   const std::string said = WaitForOne(*executor).stderr_tail;
   // The shell keeps its script open as 10 or so.
   for (int fd = 3; fd < 10; ++fd) {
-    EXPECT_EQ(said.find("\n" + std::to_string(fd) + "\n"), std::string::npos) << said;
+    EXPECT_EQ(said.find(absl::StrCat("\n", fd, "\n")), std::string::npos) << said;
   }
   EXPECT_THAT(said, HasSubstr("SigBlk:\t0000000000000000"));
 }
@@ -117,8 +118,8 @@ TEST_F(LocalExecutorTest, OneWorkerAJob) {
 }
 
 TEST_F(LocalExecutorTest, StopIsSigterm) {
-  auto executor = Make("trap 'exit 3' TERM; echo ready > " + (folder_ / "ready") +
-                       "; while :; do sleep 0.05 2>/dev/null; done");
+  auto executor = Make(absl::StrCat("trap 'exit 3' TERM; echo ready > ", folder_ / "ready",
+                                    "; while :; do sleep 0.05 2>/dev/null; done"));
   ASSERT_THAT(executor->Submit({.job_id = "a", .token = "t"}), IsOk());
   ASSERT_TRUE(WaitForFile(folder_ / "ready"));
   executor->Cancel("a", Executor::CancelMode::kStop);
@@ -127,7 +128,7 @@ TEST_F(LocalExecutorTest, StopIsSigterm) {
 }
 
 TEST_F(LocalExecutorTest, LeavesNobodyBehind) {
-  auto executor = Make("echo $$ > " + (folder_ / "pid") + "; exec sleep 60");
+  auto executor = Make(absl::StrCat("echo $$ > ", folder_ / "pid", "; exec sleep 60"));
   ASSERT_THAT(executor->Submit({.job_id = "a", .token = "t"}), IsOk());
   ASSERT_TRUE(WaitForFile(folder_ / "pid"));
   int pid = 0;

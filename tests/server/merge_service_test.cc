@@ -32,7 +32,7 @@ using ::testing::HasSubstr;
 class MergeServiceTest : public ::testing::Test {
  protected:
   MergeServiceTest() {
-    auto store = OpenJobStore("sqlite:" + folder_ / "jobs.db");
+    auto store = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"));
     EXPECT_THAT(store, IsOk());
     jobs_ = std::make_unique<JobManager>(*std::move(store), JobManagerOptions{});
     merge_ = std::make_unique<MergeServiceImpl>(jobs_.get(), &planner_);
@@ -235,7 +235,7 @@ TEST_F(MergeServiceTest, PlanIsReadByPage) {
   std::string file(8, '\0');
   file[0] = static_cast<char>(header.size() & 0xFF);
   file[1] = static_cast<char>(header.size() >> 8);
-  folder_.Write("model.safetensors", file + header + std::string(40, '\0'));
+  folder_.Write("model.safetensors", absl::StrCat(file, header, std::string(40, '\0')));
 
   v1::PlanMergeRequest request;
   request.set_recipe(absl::StrCat("models: [{model: ", folder_ / "model.safetensors",
