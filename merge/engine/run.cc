@@ -18,6 +18,7 @@
 #include "merge/engine/shard_writer.h"
 #include "merge/engine/tensor_run.h"
 #include "merge/engine/tile_scheduler.h"
+#include "merge/plan/sizing.h"
 
 namespace pewter {
 namespace {
@@ -25,14 +26,6 @@ namespace {
 // Tensors of one shard that are merged at a time: enough that lanes have work while a small
 // tensor's pass ends.
 constexpr int kTensorsInFlight = 4;
-// Elements of a tile. On the CPU a tile of every input stays in the core's cache from the read to
-// the last use; a GPU wants enough for its launch and transfer costs to vanish.
-constexpr int64_t kCpuTileElements = 2 * kernels::kReduceBlock;
-constexpr int64_t kCudaTileElements = 64 * kernels::kReduceBlock;
-// Lanes of a GPU: reading, uploading, computing and downloading overlap between them.
-constexpr int kCudaLanes = 4;
-constexpr int kLanesPerOpenShard = 4;
-constexpr int64_t kLargestWindow = int64_t{64} << 20;
 
 double Seconds(std::chrono::steady_clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
@@ -129,9 +122,7 @@ class Run {
   std::unique_ptr<TileScheduler> scheduler_;
   std::unique_ptr<BufferPool> buffers_;
   std::string device_description_;
-  int64_t tile_elements_ = 0;
-  int64_t window_bytes_ = 0;
-  int open_shards_ = 1;
+  Sizing sizing_;
   std::mutex mutex_;
   RunState state_;  // guarded by mutex_ while shards are merged
   int64_t shards_reused_ = 0;
@@ -225,7 +216,7 @@ absl::Status Run::MergeShard(int index) {
   const PlanShard& shard = plan_.shards[index];
   ASSIGN_OR_RETURN(std::unique_ptr<ObjectWriter> object, output_->Create(shard.file));
   ShardWriter writer(shard, std::move(object),
-                     {.window_bytes = window_bytes_,
+                     {.window_bytes = sizing_.window_bytes,
                       .hash = options_.hash_output,
                       .advanced =
                           [this](int64_t bytes) {
@@ -237,7 +228,7 @@ absl::Status Run::MergeShard(int index) {
       .scheduler = *scheduler_,
       .buffers = *buffers_,
       .writer = writer,
-      .tile_elements = tile_elements_,
+      .tile_elements = sizing_.tile_elements,
       .seed = plan_.options.seed,
       .allow_nonfinite = options_.allow_nonfinite,
       .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
@@ -283,33 +274,14 @@ absl::Status Run::MergeShard(int index) {
 }
 
 absl::Status Run::MergeShards() {
+  ASSIGN_OR_RETURN(sizing_, SizeRun(plan_));
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
-  tile_elements_ = device.cuda ? kCudaTileElements : kCpuTileElements;
-  size_t most_operands = 1;
-  int64_t widest = 1;
-  for (const PlanTensor& tensor : plan_.tensors) {
-    most_operands = std::max(most_operands, tensor.inputs.size() + 1);
-    widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
-    for (const PlanInput& input : tensor.inputs)
-      widest = std::max(widest, ByteWidth(input.source->dtype()));
-  }
-  const int64_t tile_bytes = tile_elements_ * widest;
-  // Half of the memory for the lanes' tiles, a quarter for tiles that wait to be written; the rest
-  // is slack for LoRA factors, histograms and the process itself.
-  const int64_t lane_bytes = tile_bytes * static_cast<int64_t>(most_operands + 1);
-  const int64_t wanted =
-      device.cuda ? std::max(kCudaLanes, plan_.options.threads) : plan_.options.threads;
-  const int lanes =
-      static_cast<int>(std::clamp<int64_t>(plan_.options.memory_bytes / 2 / lane_bytes, 1, wanted));
-  open_shards_ = std::clamp(lanes / kLanesPerOpenShard, 1,
-                            std::max<int>(1, static_cast<int>(plan_.shards.size())));
-  window_bytes_ = std::clamp(plan_.options.memory_bytes / 4 / open_shards_, 4 * tile_bytes,
-                             std::max(kLargestWindow, 4 * tile_bytes));
   ASSIGN_OR_RETURN(std::unique_ptr<kernels::Backend> allocator,
                    kernels::OpenBackend(device, /*threads=*/1));
   device_description_ = allocator->description();
-  buffers_ = std::make_unique<BufferPool>(std::move(allocator), window_bytes_ * open_shards_);
-  ASSIGN_OR_RETURN(scheduler_, TileScheduler::Create(device, lanes, options_.stop));
+  buffers_ = std::make_unique<BufferPool>(std::move(allocator),
+                                          sizing_.window_bytes * sizing_.open_shards);
+  ASSIGN_OR_RETURN(scheduler_, TileScheduler::Create(device, sizing_.lanes, options_.stop));
 
   std::atomic<int> next{0};
   std::mutex mutex;
@@ -331,7 +303,7 @@ absl::Status Run::MergeShards() {
   };
   {
     std::vector<std::jthread> shard_threads;
-    for (int i = 0; i < open_shards_; ++i) shard_threads.emplace_back(merge_next);
+    for (int i = 0; i < sizing_.open_shards; ++i) shard_threads.emplace_back(merge_next);
   }
   scheduler_.reset();
   return status;

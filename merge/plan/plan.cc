@@ -22,6 +22,7 @@
 #include "merge/plan/layout.h"
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
+#include "merge/plan/sizing.h"
 #include "merge/plan/tokenizer.h"
 
 namespace pewter {
@@ -89,7 +90,8 @@ class Planner {
     ListUnused();
     RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
     RETURN_IF_ERROR(AddFiles());
-    RETURN_IF_ERROR(EstimateMemory());
+    ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
+    plan_.peak_bytes = sizing.peak_bytes;
     RETURN_IF_ERROR(MakeFingerprint());
     if (plan_.options.strict && !plan_.warnings.empty()) {
       return absl::InvalidArgumentError(
@@ -742,42 +744,6 @@ class Planner {
       common = tensor.dtype;
     }
     return common;
-  }
-
-  // Anonymous memory of a run: as much of half the budget as one lane a thread needs for tiles of
-  // every operand, a window of finished tiles, views' residents. The engine shrinks lanes and
-  // window to the budget; what cannot shrink is refused here.
-  absl::Status EstimateMemory() {
-    constexpr int64_t kTileElements = 256 * 1024;
-    constexpr int64_t kRing = int64_t{16} << 20;
-    int64_t tiles = 0;
-    int64_t resident = 0;
-    for (const PlanTensor& tensor : plan_.tensors) {
-      const auto operands = static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0);
-      const int64_t width = std::max<int64_t>(4, ByteWidth(tensor.result_dtype));
-      tiles = std::max(tiles, (operands + 1) * kTileElements * width);
-      for (const PlanInput& input : tensor.inputs) resident += input.source->resident_bytes();
-      if (tensor.base) resident += tensor.base->source->resident_bytes();
-      if (tensor.method == nullptr || tensor.method->whole_tensor_bytes_per_element == 0) continue;
-      ASSIGN_OR_RETURN(
-          const int64_t whole,
-          CheckedMul(tensor.shape.elements(), tensor.method->whole_tensor_bytes_per_element));
-      if (whole <= plan_.options.memory_bytes) continue;
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "tensor ", tensor.name, " ", tensor.shape.ToString(), " needs ", FormatBytes(whole),
-          " with ", tensor.method->name, " and the memory budget is ",
-          FormatBytes(plan_.options.memory_bytes), "; raise --memory"));
-    }
-    const int64_t least = resident + tiles + kRing;
-    if (least > plan_.options.memory_bytes) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the merge needs at least ", FormatBytes(least), " (", FormatBytes(resident),
-                       " of it for adapters and token maps) and the memory budget is ",
-                       FormatBytes(plan_.options.memory_bytes), "; raise --memory"));
-    }
-    plan_.peak_bytes =
-        std::min(plan_.options.memory_bytes, resident + tiles * plan_.options.threads + kRing);
-    return absl::OkStatus();
   }
 
   absl::Status MakeFingerprint() {

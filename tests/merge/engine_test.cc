@@ -111,7 +111,7 @@ TEST_P(EveryMethodTest, SameBytesForAnyThreadsMemoryAndShards) {
   const auto [method, parameters, with_base] = GetParam();
   const std::string recipe = Recipe(method, parameters, with_base);
   ASSERT_TRUE(Merge(recipe, "one", {.threads = 1}).ok()) << Merge(recipe, "again").status();
-  ASSERT_TRUE(Merge(recipe, "two", {.threads = 2, .memory = int64_t{8} << 20}).ok());
+  ASSERT_TRUE(Merge(recipe, "two", {.threads = 2, .memory = int64_t{16} << 20}).ok());
   ASSERT_TRUE(Merge(recipe, "five", {.threads = 5, .memory = int64_t{4} << 30}).ok());
   EXPECT_EQ(Weights("one"), Weights("two"));
   EXPECT_EQ(Weights("one"), Weights("five"));
