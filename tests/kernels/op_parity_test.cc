@@ -161,6 +161,7 @@ TEST_P(MapTest, AllTypesAtTheSeams) {
     for (DType out : kFloats) {
       for (int64_t size : kSizes) {
         if (HasFatalFailure()) return;
+        if (in != out && size > 1000) continue;  // the seams of rows do not depend on the types
         Check(in, out, size, /*offset=*/0, /*first=*/0, /*special=*/false);
       }
     }
@@ -212,11 +213,12 @@ TEST_P(MapTest, LargeOutputs) {
       const int64_t width = ByteWidth(dtype);
       std::vector<std::byte> a((size + offset) * width), b(a.size());
       std::mt19937 random(5);
+      std::vector<uint64_t> values;
+      for (int i = 0; i < 1024; ++i) values.push_back(reference::Encode(dtype, 1 + i * 1e-3));
       for (int64_t j = 0; j < size + offset; ++j) {
-        reference::WriteBits(dtype, reference::Encode(dtype, 1 + (random() % 1000) * 1e-3),
-                             a.data() + j * width);
-        reference::WriteBits(dtype, reference::Encode(dtype, 1 + (random() % 1000) * 1e-3),
-                             b.data() + j * width);
+        const uint32_t draw = random();
+        reference::WriteBits(dtype, values[draw % 1024], a.data() + j * width);
+        reference::WriteBits(dtype, values[draw >> 22], b.data() + j * width);
       }
       DeviceBytes device_a(backend(), a), device_b(backend(), b);
       DeviceBytes out(backend(), std::vector<std::byte>(a.size() + 2 * kGuard, kGuardByte));
