@@ -207,10 +207,10 @@ TEST_P(MapTest, OutputMayBeAnInput) {
 
 // Large outputs are written past the caches on the CPU; pieces go to threads.
 TEST_P(MapTest, LargeOutputs) {
-  const int64_t size = (int64_t{20} << 20) + 77;
   for (int64_t offset : {0, 3}) {
     for (DType dtype : {DType::kBF16, DType::kF32}) {
       const int64_t width = ByteWidth(dtype);
+      const int64_t size = (int64_t{34} << 20) / width + 77;
       std::vector<std::byte> a((size + offset) * width), b(a.size());
       std::mt19937 random(5);
       std::vector<uint64_t> values;
