@@ -12,6 +12,7 @@
 #include "base/status.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
+#include "client/recipe_arguments.h"
 #include "client/tensor_diff.h"
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/recipe/recipe.h"
@@ -112,7 +113,7 @@ CommandBody DeclareDiff(CLI::App& app) {
   app.add_flag("-a,--all", arguments->all, "List equal tensors too");
   app.add_option("-j,--threads", arguments->threads, "Threads; default: one for each core")
       ->type_name("N")
-      ->check(CLI::Range(1, 4096));
+      ->check(InRange(1, 4096));
   app.footer(
       "Equal means the same tensors with the same dtypes, shapes and bits. MAX ABS is the largest\n"
       "|a - b|, REL L2 is |a - b| / |a|, EQUAL the share of equal elements.\n"

@@ -134,7 +134,7 @@ CommandBody DeclareList(CLI::App& app) {
       ->allow_extra_args(false);
   app.add_option("--limit", arguments->limit, "Most jobs to list, newest first")
       ->type_name("N")
-      ->check(CLI::Range(1, 1'000'000))
+      ->check(InRange(1, 1'000'000))
       ->capture_default_str();
   app.footer(
       "Example:\n"

@@ -126,7 +126,7 @@ CommandBody DeclareSubmit(CLI::App& app) {
       ->allow_extra_args(false);
   app.add_option("--priority", arguments->priority, "Jobs of higher priority start first")
       ->type_name("N")
-      ->check(CLI::Range(-1000, 1000))
+      ->check(InRange(-1000, 1000))
       ->capture_default_str();
   app.add_option("--request-id", arguments->request_id,
                  "Submitting again with the same id gives the same job; default: random")

@@ -44,6 +44,9 @@ absl::Span<const Command> Commands() { return kCommands; }
 CommandLine::CommandLine() : app("Merges neural networks: model checkpoints in, one model out.") {
   app.name("pewter");
   app.require_subcommand(1);
+  app.get_formatter()->label("SUBCOMMAND", "COMMAND");
+  app.get_formatter()->label("Subcommands", "Commands");
+  app.get_formatter()->label("OPTIONS", "options");
   app.set_help_flag("-h,--help", "Show this help");
   app.footer(
       "Start with:\n"

@@ -71,7 +71,7 @@ bool AsksForJson(int argc, char** argv) {
 
 int Main(int argc, char** argv) {
   CommandLine line;
-  line.app.set_version_flag("--version", absl::StrCat("pewter ", kVersion));
+  line.app.set_version_flag("--version", absl::StrCat("pewter ", kVersion), "Show the version");
   if (argc <= 1) {
     // Asked for nothing: say what there is.
     Output({}).Text(line.app.help());

@@ -31,6 +31,11 @@ CLI::Validator IsByteCount() {
 
 }  // namespace
 
+CLI::Validator InRange(int min, int max) {
+  CLI::Validator range = CLI::Range(min, max);
+  return range.description("");  // which would stand in the help as a part of the type
+}
+
 absl::StatusOr<std::vector<std::pair<std::string, std::string>>> SplitAssignments(
     absl::string_view option, const std::vector<std::string>& assignments) {
   std::vector<std::pair<std::string, std::string>> pairs;
@@ -121,7 +126,7 @@ void PlanArguments::Declare(CLI::App& app) {
       ->group(kGroup);
   app.add_option("-j,--threads", threads, "Threads; default: one for each core")
       ->type_name("N")
-      ->check(CLI::Range(1, 4096))
+      ->check(InRange(1, 4096))
       ->group(kGroup);
   constexpr char kResult[] = "Result";
   app.add_option("--seed,--random-seed", seed, "Seed of methods that draw random masks")
@@ -136,11 +141,12 @@ void PlanArguments::Declare(CLI::App& app) {
   app.add_flag("--allow-crimes", allow_crimes, "Let the architectures of the models differ")
       ->group(kResult);
   app.add_flag("--strict", strict, "Take warnings as errors")->group(kResult);
-  app.add_flag("--copy-tokenizer,!--no-copy-tokenizer", copy_tokenizer,
-               "Copy the tokenizer's files (default), or do not")
+  app.add_flag_callback(
+         "--no-copy-tokenizer", [this] { copy_tokenizer = false; },
+         "Leave out the tokenizer's files")
       ->group(kResult);
-  app.add_flag("--write-model-card,!--no-write-model-card", write_model_card,
-               "Write README.md (default), or do not")
+  app.add_flag_callback(
+         "--no-write-model-card", [this] { write_model_card = false; }, "Leave out README.md")
       ->group(kResult);
 }
 

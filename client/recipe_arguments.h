@@ -17,6 +17,9 @@ namespace pewter::client {
 absl::StatusOr<std::vector<std::pair<std::string, std::string>>> SplitAssignments(
     absl::string_view option, const std::vector<std::string>& assignments);
 
+// A whole number from `min` to `max`.
+CLI::Validator InRange(int min, int max);
+
 // Parsed into by CLI11: must outlive the parse and stay in place.
 struct RecipeArguments {
   std::string path;  // "-": standard input

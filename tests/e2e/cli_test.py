@@ -268,7 +268,7 @@ def test_the_result_loads(cli, models):
 def test_usage(cli):
     assert "merge" in cli("--help").out
     assert re.fullmatch(r"pewter \d+\.\d+\.\d+\n", cli("--version").out)
-    assert 'did you mean "merge"' in cli("mrege", "a", "b", expect=USAGE).err
+    assert 'did you mean "merge"' in cli("merg", "a", "b", expect=USAGE).err
     assert 'did you mean "--device"' in cli("merge", "r", "o", "--devise", "cpu", expect=USAGE).err
     assert "pewter merge --help" in cli("merge", "r", expect=USAGE).err
     assert "--memory" in cli("merge", "r", "o", "--memory", "lots", expect=USAGE).err
@@ -278,19 +278,20 @@ def test_usage(cli):
 
 
 def test_local_commands_start_fast(cli):
-    """No gRPC runs for them. The bound is loose: tests share the machine; the best of ten counts."""
+    """In CPU time, as tests share the machine; the best of ten counts."""
     times = []
     for _ in range(10):
-        begin = time.perf_counter()
-        subprocess.run([PEWTER, "--version"], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.1
+        process = subprocess.Popen([PEWTER, "methods"], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    assert min(times) < 0.03
 
 
 @pytest.mark.parametrize(
     "recipe, code, words",
     [
-        ("merge_method: tise\nmodels: [{model: a}]\n", USAGE, ["recipe.yaml:1:15", "tise", '"ties"']),
+        ("merge_method: tiess\nmodels: [{model: a}]\n", USAGE, ["recipe.yaml:1:15", "tiess", '"ties"']),
         ("merge_method: linear\nmodels: [{model: a}]\n", USAGE, ["weight"]),
         (
             "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1, density: 1.5}}]\n",
@@ -385,7 +386,7 @@ def test_the_disk_is_full(cli):
         path = cli.recipe(linear("a.safetensors", "b.safetensors"))
         arguments = ["merge", path, "small/out", "--shard-size", "1MB"]
         message = cli(*arguments, expect=FAILED).err
-        assert "small/out" in message and "space" in message
+        assert "small/out" in message and "full" in message
         assert not (small / "out/pewter_manifest.json").exists()
         # Room is made, and the merge goes on where it was.
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
