@@ -201,8 +201,14 @@ absl::Span<const KernelTable* const> Tables() {
   static const std::vector<const KernelTable*> tables = [] {
     std::vector<const KernelTable*> runnable;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("x86-64-v4")) runnable.push_back(&kAvx512Kernels);
-    if (__builtin_cpu_supports("x86-64-v3")) runnable.push_back(&kAvx2Kernels);
+    // x86-64-v3 and v4 by the features that the kernels use: clang does not know the levels' names.
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    if (v4) runnable.push_back(&kAvx512Kernels);
+    if (v3) runnable.push_back(&kAvx2Kernels);
 #endif
     runnable.push_back(&kBaselineKernels);
     return runnable;

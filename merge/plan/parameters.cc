@@ -191,7 +191,7 @@ class ParameterChecker {
   absl::Status Check(const ParamScope& scope, Level level) {
     for (const auto& [name, setting] : scope) {
       const auto param = std::find_if(method_.params.begin(), method_.params.end(),
-                                      [&](const Param& p) { return name == p.name; });
+                                      [&name = name](const Param& p) { return name == p.name; });
       if (param == method_.params.end()) {
         Warn(setting, name, WhyUnknown(name));
         continue;
