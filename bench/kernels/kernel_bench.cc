@@ -181,6 +181,14 @@ void RegisterMaps(Bench& bench) {
                 [&] { Require(bench.backend().Map(op, in, bench.Output(dtype), 0)); });
     })->UseManualTime();
   };
+  // Inputs and output of different types.
+  benchmark::RegisterBenchmark("weighted_sum/f32_to_bf16/inputs:4", [&bench](
+                                                                        benchmark::State& state) {
+    const WeightedSum op = {.count = 4, .weight = {1, 2, 3, 4}};
+    const std::vector<ConstView> in = bench.Inputs(DType::kF32, 4);
+    const View out{bench.Output(DType::kBF16).data, DType::kBF16, in[0].size};
+    bench.Run(state, kTensorBytes * 9 / 2, [&] { Require(bench.backend().Map(op, in, out, 0)); });
+  })->UseManualTime();
   for (const auto& [dtype, name] : kDTypes) {
     for (int count = 2; count <= kMaxBenchInputs; ++count) {
       WeightedSum op;
@@ -255,11 +263,21 @@ void RegisterHostLoops(Bench& bench) {
         })
         ->UseManualTime();
   }
-  benchmark::RegisterBenchmark("convert/f32/bf16", [&bench](benchmark::State& state) {
-    const ConstView in = bench.Inputs(DType::kF32, 1)[0];
-    const View out{bench.Output(DType::kBF16).data, DType::kBF16, in.size};
-    bench.Run(state, kTensorBytes * 3 / 2, [&] { Convert(in, out); });
-  })->UseManualTime();
+  for (const auto& [from, from_name] : kDTypes) {
+    for (const auto& [to, to_name] : kDTypes) {
+      if (from == to) continue;
+      benchmark::RegisterBenchmark(absl::StrCat("convert/", from_name, "/", to_name).c_str(),
+                                   [&bench, from = from, to = to](benchmark::State& state) {
+                                     ConstView in = bench.Inputs(from, 1)[0];
+                                     in.size = std::min(in.size, bench.Elements(to));
+                                     bench.Run(
+                                         state, in.size * (ByteWidth(from) + ByteWidth(to)), [&] {
+                                           Convert(in, View{bench.Output(to).data, to, in.size});
+                                         });
+                                   })
+          ->UseManualTime();
+    }
+  }
 }
 
 // The 20 % largest of 4096 x 14336 magnitudes, tile by tile as a merge does it. `seconds` is for

@@ -28,12 +28,13 @@ struct Fixed {
 };
 
 // One of the formats, chosen at each load and store: for the rarer pairs.
-struct Dynamic {
-  DType dtype;
-  int64_t width() const { return ByteWidth(dtype); }
+class Dynamic {
+ public:
+  explicit Dynamic(DType dtype) : dtype_(dtype), width_(ByteWidth(dtype)) {}
+  int64_t width() const { return width_; }
   template <class C>
   PEWTER_INLINE Simd<C> LoadLanes(const void* from) const {
-    switch (dtype) {
+    switch (dtype_) {
       case DType::kBF16:
         return Load<C, DType::kBF16>(from);
       case DType::kF16:
@@ -48,7 +49,7 @@ struct Dynamic {
   }
   template <bool, class C>
   PEWTER_INLINE void StoreLanes(void* to, const Simd<C>& value) const {
-    switch (dtype) {
+    switch (dtype_) {
       case DType::kBF16:
         return Store<DType::kBF16, false>(to, value);
       case DType::kF16:
@@ -63,6 +64,10 @@ struct Dynamic {
         return Store<DType::kF32, false>(to, value);
     }
   }
+
+ private:
+  DType dtype_;
+  int64_t width_;
 };
 
 // Calls f(compute type, format).
@@ -78,7 +83,7 @@ PEWTER_INLINE void WithFormat(DType in, const F& f) {
     case DType::kF16:
       return f(float{}, Fixed<DType::kF16>{});
     default:
-      return f(float{}, Dynamic{in});
+      return f(float{}, Dynamic(in));
   }
 }
 
@@ -88,9 +93,9 @@ PEWTER_INLINE void WithFormats(DType in, DType out, const F& f) {
   if (in == out && ByteWidth(in) > 1) {
     WithFormat(in, [&](auto compute, auto format) { f(compute, format, format); });
   } else if (in == DType::kF64) {
-    f(double{}, Fixed<DType::kF64>{}, Dynamic{out});
+    f(double{}, Fixed<DType::kF64>{}, Dynamic(out));
   } else {
-    f(float{}, Dynamic{in}, Dynamic{out});
+    f(float{}, Dynamic(in), Dynamic(out));
   }
 }
 
@@ -288,7 +293,7 @@ void Reduce(const void* erased, const ReduceArgs& args) {
       draws.Make(args.first + row, end - row);
       for (int g = 0; g < op.groups(); ++g) {
         Simd<double> sums[Op::kTerms];
-        PEWTER_UNROLL for (Simd<double> & sum : sums) sum = Simd<double>::Broadcast(0);
+        PEWTER_UNROLL for (Simd<double>& sum : sums) sum = Simd<double>::Broadcast(0);
         V terms[Op::kTerms];
         for (int64_t at = row; at < end; at += kLanes) {
           const bool whole = end - at >= kLanes;
@@ -307,7 +312,8 @@ void Reduce(const void* erased, const ReduceArgs& args) {
           }
           PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) Accumulate<C>(sums[t], terms[t]);
         }
-        PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] += SumLanes(sums[t]);
+        PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] +=
+            SumLanes(sums[t]);
       }
     }
   });

@@ -36,6 +36,17 @@ inline constexpr int kLanes = 32;
 template <class T, int n>
 using Vector __attribute__((vector_size(n * sizeof(T)))) = T;
 
+template <class V, class F, size_t... l>
+PEWTER_INLINE V MakeLanes(F f, std::index_sequence<l...>) {
+  return V{static_cast<std::remove_cvref_t<decltype(V{}[0])>>(f(l))...};
+}
+// f(0), f(1), ...: a constant, where f's values are.
+template <class V, class F>
+PEWTER_INLINE V MakeLanes(F f) {
+  constexpr size_t kCount = sizeof(V) / sizeof(V{}[0]);
+  return MakeLanes<V>(f, std::make_index_sequence<kCount>());
+}
+
 template <class T>
 PEWTER_INLINE T LoadUnaligned(const void* from) {
   T value;
@@ -49,10 +60,19 @@ PEWTER_INLINE To ConvertVector(From from) {
   using Element = std::remove_cvref_t<decltype(from[0])>;
   using Result = std::remove_cvref_t<decltype(std::declval<To>()[0])>;
   constexpr bool kHalves = std::is_same_v<Element, uint16_t> && std::is_same_v<Result, uint32_t>;
+  constexpr bool kFromBytes = std::is_same_v<Element, uint8_t> && std::is_same_v<Result, uint32_t>;
+  constexpr bool kToBytes = std::is_same_v<Element, uint32_t> && std::is_same_v<Result, uint8_t>;
   constexpr bool kWiden = std::is_same_v<Element, float> && std::is_same_v<Result, double>;
   constexpr bool kNarrow = std::is_same_v<Element, double> && std::is_same_v<Result, float>;
-  static_cast<void>(kHalves), static_cast<void>(kWiden), static_cast<void>(kNarrow);
+  static_cast<void>(kHalves), static_cast<void>(kFromBytes), static_cast<void>(kToBytes);
+  static_cast<void>(kWiden), static_cast<void>(kNarrow);
 #if defined(__AVX512F__)
+  if constexpr (sizeof(To) == 64 && kFromBytes) {
+    return BitCast<To>(_mm512_cvtepu8_epi32(BitCast<__m128i>(from)));
+  }
+  if constexpr (sizeof(From) == 64 && kToBytes) {
+    return BitCast<To>(_mm512_cvtepi32_epi8(BitCast<__m512i>(from)));
+  }
   if constexpr (sizeof(To) == 64 && kHalves) {
     return BitCast<To>(_mm512_cvtepu16_epi32(BitCast<__m256i>(from)));
   }
@@ -200,8 +220,7 @@ template <class T>
 PEWTER_INLINE Mask<T> LanesBelow(int64_t end) {
   using Integer = typename Mask<T>::Integer;
   const Integer clamped = static_cast<Integer>(end < 0 ? 0 : end > kLanes ? kLanes : end);
-  typename Mask<T>::Part lane;
-  PEWTER_UNROLL for (int l = 0; l < Simd<T>::kPartLanes; ++l) lane[l] = l;
+  const auto lane = MakeLanes<typename Mask<T>::Part>([](size_t l) { return l; });
   Mask<T> r;
   PEWTER_UNROLL for (int p = 0; p < Simd<T>::kParts; ++p) r.part[p] =
       lane < clamped - p * Simd<T>::kPartLanes;
@@ -267,8 +286,7 @@ PEWTER_INLINE Vector<float, n> LoadFloats(const void* from) {
       return FloatFromBF16<F>(ConvertVector<U>(bits));
     }
   } else {
-    U bits = {};
-    for (int l = 0; l < n; ++l) bits[l] = static_cast<const uint8_t*>(from)[l];
+    const U bits = ConvertVector<U>(LoadUnaligned<Vector<uint8_t, n>>(from));
     return kStored == DType::kF8E4M3 ? FloatFromF8E4M3<F>(bits) : FloatFromF8E5M2<F>(bits);
   }
 }
@@ -349,7 +367,7 @@ PEWTER_INLINE void StoreFloats(void* to, Vector<float, n> value) {
   } else {
     const U bits =
         kStored == DType::kF8E4M3 ? F8E4M3FromFloat<U>(value) : F8E5M2FromFloat<U>(value);
-    for (int l = 0; l < n; ++l) static_cast<uint8_t*>(to)[l] = static_cast<uint8_t>(bits[l]);
+    StorePart<false>(to, ConvertVector<Vector<uint8_t, n>>(bits));
   }
 }
 
@@ -362,8 +380,7 @@ PEWTER_INLINE void Store(void* to, const Simd<Compute>& value) {
   if constexpr (sizeof(Compute) == 4 && kStored == DType::kBF16) {
     // One permutation takes the upper halves of both parts.
     using U = Vector<uint32_t, n>;
-    Vector<uint16_t, 32> odd;
-    PEWTER_UNROLL for (int l = 0; l < 32; ++l) odd[l] = 2 * l + 1;
+    const auto odd = MakeLanes<Vector<uint16_t, 32>>([](size_t l) { return 2 * l + 1; });
     return StorePart<kStream>(
         to, _mm512_permutex2var_epi16(BitCast<__m512i>(RoundedToBF16<U>(value.part[0])),
                                       BitCast<__m512i>(odd),
@@ -438,8 +455,7 @@ static_assert(kDraws % 32 == 0);
 // sees.
 PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, Words words[2 * kDrawVectors]) {
   constexpr int kBlocks = kVectorBytes / 8;
-  Wide lane;
-  PEWTER_UNROLL for (int l = 0; l < kBlocks; ++l) lane[l] = l;
+  const auto lane = MakeLanes<Wide>([](size_t l) { return l; });
   Wide c0[kDrawVectors], c1[kDrawVectors], c2[kDrawVectors], c3[kDrawVectors];
   PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
     c0[v] = lane + (block + v * kBlocks);
@@ -529,8 +545,7 @@ PEWTER_INLINE Mask<T> FromBits(uint32_t bits) {
     r.part[p] = sizeof(T) == 4 ? BitCast<Part>(_mm512_movm_epi32(static_cast<__mmask16>(part)))
                                : BitCast<Part>(_mm512_movm_epi64(static_cast<__mmask8>(part)));
 #else
-    Part bit;
-    PEWTER_UNROLL for (int l = 0; l < Simd<T>::kPartLanes; ++l) bit[l] = 1 << l;
+    const auto bit = MakeLanes<Part>([](size_t l) { return 1 << l; });
     r.part[p] = ((Part{} + static_cast<int32_t>(part & 0xff)) & bit) == bit;
 #endif
   }
