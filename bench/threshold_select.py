@@ -3,38 +3,37 @@
 
     bench/threshold_select.py --peer VENV
 
-Ours is pewter_kernel_bench's figure; per element, as both sides state their sizes. torch has all cores. Each figure is the best of several runs: of an
-operation without I/O the least disturbed run is the truest. Prints a table and writes bench/results/threshold_select-DATE.json.
+The 20 % largest of 4096 x 14336 float32 magnitudes. Ours is `seconds` of pewter_kernel_bench's select/*, measured before and after torch's operations; the
+better of the two counts, as torch's best run does. With one thread both clocks are CPU time, else wall time. Prints a table
+and writes bench/results/threshold_select-DATE.json.
 """
 import argparse
 import json
 import os
-import re
 import subprocess
 
 import measure
 
-DISTRIBUTIONS = {  # as pewter_kernel_bench names them, in its benchmarks' names
-    "normal": "normal",
-    "zeros": "60 % zeros",
-    "equal": "all equal",
-    "bf16": "bf16-quantised",
-}
+ELEMENTS = 4096 * 14336  # of pewter_kernel_bench
 
-# Runs in the peer's Python: seconds of each operation on the magnitudes of each distribution.
+# Runs in the peer's Python: seconds of each operation on the magnitudes of each distribution, as pewter_kernel_bench names and draws them.
 TORCH = """
-import json, sys, time, torch
-elements, runs, keep = int(sys.argv[1]), int(sys.argv[2]), 0.5
+import json, os, sys, time, torch
+elements, runs, threads = map(int, sys.argv[1:])
 torch.manual_seed(1)
-torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+torch.set_num_threads(threads)
+clock = time.process_time if threads == 1 else time.perf_counter
 normal = torch.randn(elements)
 values = {
     "normal": lambda: normal,
-    "zeros": lambda: torch.where(torch.rand(elements) < 0.6, torch.zeros(()), normal),
-    "equal": lambda: torch.full((elements,), 0.25),
-    "bf16": lambda: (1 + 0.01 * normal).bfloat16().float() - 1,
+    "zeros_60_percent": lambda: torch.where(torch.rand(elements) < 0.6, torch.zeros(()), normal),
+    "all_equal": lambda: torch.full((elements,), 0.75),
+    "bf16_quantised": lambda: normal.bfloat16().float(),
+    "two_values": lambda: torch.where(torch.rand(elements) < 0.5, torch.tensor(0.5), torch.tensor(0.25)),
+    "one_bin": lambda: 1 + torch.randint(0, 60000, (elements,)).float() * 2.0**-23,
+    "exponents": lambda: torch.randint(0, 0x7F800000, (elements,), dtype=torch.int32).view(torch.float32),
 }
-k = max(1, int(keep * elements))
+k = elements // 5
 times = {}
 for name, make in values.items():
     magnitudes = make().abs()
@@ -43,51 +42,43 @@ for name, make in values.items():
     for operation, call in operations.items():
         best = float("inf")
         for _ in range(runs):
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, clock() - begin)
         times[name][operation] = best
 print(json.dumps(times))
 """
 
 
-def ours(binary, runs):
-    """Distribution -> best seconds per element."""
-    text = measure.output_of([binary, "--benchmark_filter=[Ss]elect", "--benchmark_format=json", f"--benchmark_repetitions={runs}"])
-    best = {}
-    for entry in json.loads(text)["benchmarks"]:
-        if entry.get("run_type") == "aggregate":
-            continue
-        names = [name for name in DISTRIBUTIONS if re.search(name, entry["name"])]
-        if len(names) == 1:
-            best[names[0]] = min(best.get(names[0], float("inf")), 1 / entry["items_per_second"])
-    missing = set(DISTRIBUTIONS) - set(best)
-    if missing:
-        raise RuntimeError(f"{binary} has no select benchmark of {', '.join(sorted(missing))}")
-    return best
+def ours(command):
+    """Distribution -> seconds."""
+    entries = json.loads(measure.output_of(command))["benchmarks"]
+    return {entry["name"].split("/")[1]: entry["seconds"] for entry in entries}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_common_arguments(parser)
-    parser.add_argument("--elements", type=int, default=4096 * 14336, help="of torch's tensors; default: %(default)s")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="of each torch operation; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="of both; default: %(default)s")
     args = parser.parse_args()
     if not args.peer:
         parser.error("give --peer or PEWTER_PEER_VENV")
     python = args.peer / "bin/python"
-    report = {"machine": measure.machine(), "versions": measure.package_versions(python, ["torch"]), "elements": args.elements}
-    before = ours(args.bin / "pewter_kernel_bench", args.runs)
-    torch = json.loads(subprocess.run([python, "-c", TORCH, str(args.elements), str(args.runs)], capture_output=True, text=True, check=True).stdout)
-    after = ours(args.bin / "pewter_kernel_bench", args.runs)
-    rows = []
-    for name, title in DISTRIBUTIONS.items():
+    command = [args.bin / "pewter_kernel_bench", f"--threads={args.threads}", "--benchmark_filter=^select/", "--benchmark_format=json"]
+    report = {"machine": measure.machine(), "versions": measure.package_versions(python, ["torch"]), "threads": args.threads, "elements": ELEMENTS}
+    before = ours(command)
+    torch = json.loads(subprocess.run([python, "-c", TORCH, str(ELEMENTS), str(args.runs), str(args.threads)],
+                                      stdout=subprocess.PIPE, text=True, check=True).stdout)
+    after = ours(command)
+    report["distributions"], rows = {}, []
+    for name, times in torch.items():
         mine = min(before[name], after[name])
-        argsort, kthvalue = (torch[name][operation] / args.elements for operation in ("argsort", "kthvalue"))
-        report[name] = {"pewter_ns_per_element": 1e9 * mine, "argsort_ns_per_element": 1e9 * argsort, "kthvalue_ns_per_element": 1e9 * kthvalue,
-                        "argsort_ratio": argsort / mine, "kthvalue_ratio": kthvalue / mine}
-        rows.append([title, f"{1e9 * mine:.2f}", f"{1e9 * argsort:.1f}", f"{argsort / mine:.0f}", f"{1e9 * kthvalue:.1f}", f"{kthvalue / mine:.1f}"])
-    print(measure.table(["values", "Pewter ns/element", "argsort", "ratio", "kthvalue", "ratio"], rows))
+        ratios = {operation: seconds / mine for operation, seconds in times.items()}
+        report["distributions"][name] = {"pewter_s": mine, **{f"{operation}_s": seconds for operation, seconds in times.items()},
+                                         **{f"{operation}_ratio": ratio for operation, ratio in ratios.items()}}
+        rows.append([name, f"{mine:.3f}", f"{times['argsort']:.2f}", f"{ratios['argsort']:.0f}", f"{times['kthvalue']:.2f}", f"{ratios['kthvalue']:.1f}"])
+    print(measure.table(["values", "Pewter s", "argsort s", "ratio", "kthvalue s", "ratio"], rows))
     report["machine"]["load_after"] = os.getloadavg()
     print("\nwritten:", measure.write_results(args.results, "threshold_select", report))
 

@@ -28,6 +28,7 @@ struct MergeArguments {
   bool overwrite = false;
   bool allow_nonfinite = false;
   bool dry_run = false;
+  bool no_hash = false;
 };
 
 void PrintResult(Output& out, const MergeArguments& arguments, const Plan& plan,
@@ -92,6 +93,7 @@ absl::StatusOr<int> RunMerge(const MergeArguments& arguments, Output& out) {
                                       : arguments.overwrite ? OutputMode::kOverwrite
                                                             : OutputMode::kNew,
                               .allow_nonfinite = arguments.allow_nonfinite,
+                              .hash_output = !arguments.no_hash,
                               .observer = &progress,
                               .stop = interrupt.token()});
   }
@@ -121,6 +123,9 @@ CommandBody DeclareMerge(CLI::App& app) {
   app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
                "Go on when an input holds NaN or infinity");
   app.add_flag("--dry-run", arguments->dry_run, "Only show the plan, as pewter plan does");
+  // Not for users: the empty group leaves it out of the help.
+  app.add_flag("--no-hash", arguments->no_hash, "Leave out SHA-256, to measure what it costs")
+      ->group("");
   arguments->plan.Declare(app);
   app.footer(
       "Examples:\n"
