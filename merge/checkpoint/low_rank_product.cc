@@ -7,9 +7,10 @@
 namespace pewter {
 namespace {
 
-// Sixteen floats: one AVX-512 register, two of AVX2, four of SSE2.
-constexpr int kLanes = 16;
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+template <int kLanes>
+struct VectorOf {
+  typedef float type __attribute__((vector_size(kLanes * sizeof(float))));
+};
 
 }  // namespace
 
@@ -34,11 +35,13 @@ LowRankProduct::LowRankProduct(std::vector<float> left, const std::vector<float>
   }
 }
 
-// kRows rows of one strip, kVectors vectors at a time, so that the sums stay in registers.
-template <int kRows, int kVectors>
+// kRows rows of one strip, two vectors at a time, so that the sums stay in registers.
+template <int kRows, int kLanes>
 inline __attribute__((always_inline)) void LowRankProduct::ComputeStrip(const float* strip,
                                                                         int64_t row, float* out,
                                                                         int64_t out_stride) const {
+  using Vector = typename VectorOf<kLanes>::type;
+  constexpr int kVectors = 2;
   const float* left = left_.data() + row * rank_;
   for (int64_t column = 0; column < kStrip; column += kVectors * kLanes) {
     Vector sums[kRows][kVectors] = {};
@@ -58,7 +61,7 @@ inline __attribute__((always_inline)) void LowRankProduct::ComputeStrip(const fl
   }
 }
 
-template <int kVectors>
+template <int kLanes>
 inline __attribute__((always_inline)) void LowRankProduct::ComputeRectangle(
     const Rectangle& rectangle) const {
   constexpr int kRows = 4;
@@ -77,9 +80,9 @@ inline __attribute__((always_inline)) void LowRankProduct::ComputeRectangle(
       float* written = whole ? target : spill;
       const int64_t stride = whole ? rectangle.out_stride : kStrip;
       if (rows == kRows) {
-        ComputeStrip<kRows, kVectors>(strip, rectangle.row + r, written, stride);
+        ComputeStrip<kRows, kLanes>(strip, rectangle.row + r, written, stride);
       } else {
-        ComputeStrip<1, kVectors>(strip, rectangle.row + r, written, stride);
+        ComputeStrip<1, kLanes>(strip, rectangle.row + r, written, stride);
       }
       for (int64_t i = 0; !whole && i < rows; ++i) {
         std::copy_n(spill + i * kStrip + (from - column), width, target + i * rectangle.out_stride);
@@ -91,13 +94,13 @@ inline __attribute__((always_inline)) void LowRankProduct::ComputeRectangle(
 
 __attribute__((target("avx512f"))) void LowRankProduct::ComputeAvx512(
     const Rectangle& rectangle) const {
-  ComputeRectangle<2>(rectangle);
+  ComputeRectangle<16>(rectangle);
 }
 __attribute__((target("avx2"))) void LowRankProduct::ComputeAvx2(const Rectangle& rectangle) const {
-  ComputeRectangle<1>(rectangle);
+  ComputeRectangle<8>(rectangle);
 }
 void LowRankProduct::ComputeBaseline(const Rectangle& rectangle) const {
-  ComputeRectangle<1>(rectangle);
+  ComputeRectangle<4>(rectangle);
 }
 
 void LowRankProduct::Compute(int64_t first, int64_t count, float* out) const {

@@ -32,9 +32,9 @@ class LowRankProduct {
     float* out;
     int64_t out_stride;
   };
-  template <int kVectors>
+  template <int kLanes>
   void ComputeRectangle(const Rectangle& rectangle) const;
-  template <int kRows, int kVectors>
+  template <int kRows, int kLanes>
   void ComputeStrip(const float* strip, int64_t row, float* out, int64_t out_stride) const;
   void ComputeAvx512(const Rectangle& rectangle) const;
   void ComputeAvx2(const Rectangle& rectangle) const;
