@@ -1,6 +1,6 @@
 """What a user of the pewter command line sees: results, messages, exit codes.
 
-Needs Python, pytest, numpy and the binary, in $PEWTER_BIN or build/bin.
+Needs Python, pytest, numpy and the binaries, in $PEWTER_BIN or build/bin.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PEWTER = pathlib.Path(os.environ.get("PEWTER_BIN", ROOT / "build/bin")).resolve() / "pewter"
+BIN = pathlib.Path(os.environ.get("PEWTER_BIN", ROOT / "build/bin")).resolve()
+PEWTER, PEWTERD = BIN / "pewter", BIN / "pewterd"
 PATIENCE = 120  # seconds, for machines that have other work
 DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "uint16": "BF16"}
 
@@ -294,9 +295,14 @@ def test_local_commands_start_fast(cli):
         ("merge_method: tiess\nmodels: [{model: a}]\n", USAGE, ["recipe.yaml:1:15", "tiess", '"ties"']),
         ("merge_method: linear\nmodels: [{model: a}]\n", USAGE, ["weight"]),
         (
-            "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1, density: 1.5}}]\n",
+            "merge_method: slerp\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: half}\n",
             USAGE,
-            ["density", "1.5"],
+            ["recipe.yaml:4:", "must be a number", "half"],
+        ),
+        (
+            "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {weight: 1, density: .inf}}]\n",
+            USAGE,
+            ["recipe.yaml:3:", "density", "finite"],
         ),
         ("merge_method: ties\nmodels: [{model: b, parameters: {weight: 1}}]\n", USAGE, ["base_model"]),
         ("merge_method: linear\nmodels: [\n", USAGE, ["recipe.yaml:"]),
@@ -586,3 +592,69 @@ def test_remote_commands_need_a_server(cli, models):
     assert "PEWTER_SERVER" in cli("jobs", "list", expect=USAGE).err
     message = cli("submit", path, "out", "--server", "127.0.0.1:1", expect=FAILED).err
     assert "127.0.0.1:1" in message
+
+
+# Remote jobs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path_factory):
+    """The address of a pewterd."""
+    data = tmp_path_factory.mktemp("server")
+    with open(data / "log", "wb") as log:
+        process = subprocess.Popen(
+            [PEWTERD, "serve", "--listen", "127.0.0.1:0", "--data", data / "data"],
+            stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    address = process.stdout.readline().split()[-1]
+    yield address
+    process.kill()
+    process.wait()
+
+
+def test_submit_from_here_merges_here(cli, models, server):
+    recipe = cli.recipe("# relative paths, as for a local merge\n" + linear("./a", "b"))
+    cli("merge", recipe, "local")
+    done = cli("submit", recipe, "remote", "--server", server, "--wait", "-l", "team=nlp")
+    for word in ("PLANNING", "RUNNING", "SUCCEEDED", f"Merged into {cli.folder}/remote"):
+        assert word in done.out
+    assert cli.hashes("remote") == cli.hashes("local")
+    (job,) = cli("jobs", "list", "-q", "-s", server, "-l", "team=nlp").out.split()
+    assert cli("jobs", "list", "-q", "-s", server, "-l", "team=vision").out == ""
+    assert cli("jobs", "list", "-q", "-s", server, "--state", "failed").out == ""
+    assert '"succeeded"' in cli("jobs", "list", "-s", server, "--state", "suceeded", expect=USAGE).err
+    table = cli("jobs", "list", "-s", server).out.splitlines()
+    assert table[0].split() == ["ID", "STATE", "DONE", "AGE", "DURATION", "DESTINATION", "LABELS"]
+    assert table[1].split()[:3] == [job, "SUCCEEDED", "100%"] and "team=nlp" in table[1]
+    text = cli("jobs", "get", job, "-s", server).out
+    assert f"model: {cli.folder}/a" in text and "# relative paths" in text
+    assert cli("jobs", "watch", job, "-s", server, "-q").out == f"{cli.folder}/remote\n"
+    assert "deleted" in cli("jobs", "delete", job, "-s", server).out
+    assert job in cli("jobs", "get", job, "-s", server, expect=NOT_FOUND).err
+
+
+def test_a_failed_job_has_the_exit_code_of_a_local_merge(cli, models, server):
+    shard = cli.folder / "b/model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    recipe = cli.recipe(linear("a", "b"))
+    local = cli("merge", recipe, "out", expect=FAILED).err
+    remote = cli("submit", recipe, "out", "-s", server, "--wait", expect=FAILED).err
+    assert shard.name in local and shard.name in remote
+    missing = cli.recipe(linear("a", "./nowhere"), "missing.yaml")
+    assert "nowhere" in cli("submit", missing, "out", "-s", server, "--wait", expect=NOT_FOUND).err
+    wrong = cli.recipe("merge_method: linear\nmodels: [\n", "wrong.yaml")
+    assert "wrong.yaml:" in cli("submit", wrong, "out", "-s", server, expect=USAGE).err
+
+
+def test_interrupting_the_wait_leaves_the_job(large, server):
+    process = large.start("submit", "recipe.yaml", "waited", *large.arguments, "--server", server, "--wait")
+    for line in process.stdout:
+        if "RUNNING" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == INTERRUPTED, err
+    (job,) = large("jobs", "list", "-q", "--server", server).out.split()
+    assert f"pewter jobs watch {job} --server {server}" in err
+    assert "SUCCEEDED" in large("jobs", "watch", job, "--server", server).out
+    assert large.hashes("waited") == large.whole
