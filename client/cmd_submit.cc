@@ -139,7 +139,7 @@ CommandBody DeclareSubmit(CLI::App& app) {
       "Relative paths, in the recipe too, are made absolute before they are sent: the server must\n"
       "see the same files. Interrupted jobs continue where they were by themselves.\n"
       "\nExamples:\n"
-      "  pewter submit recipe.yaml ./merged --server localhost:7433 --wait\n"
+      "  pewter submit recipe.yaml ./merged --server localhost:7480 --wait\n"
       "  pewter jobs watch $(pewter submit recipe.yaml ./merged -q)    with PEWTER_SERVER set");
   return [arguments](Output& out) { return RunSubmit(*arguments, out); };
 }

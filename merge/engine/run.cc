@@ -27,6 +27,8 @@ namespace {
 // tensor's pass ends.
 constexpr int kTensorsInFlight = 4;
 
+absl::Status Stopped() { return absl::CancelledError("the merge was stopped"); }
+
 double Seconds(std::chrono::steady_clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
 }
@@ -292,9 +294,7 @@ absl::Status Run::MergeShards() {
         std::lock_guard lock(mutex_);
         if (state_.shards.contains(i)) continue;
       }
-      const absl::Status merged = options_.stop.stop_requested()
-                                      ? absl::CancelledError("the merge was stopped")
-                                      : MergeShard(i);
+      const absl::Status merged = options_.stop.stop_requested() ? Stopped() : MergeShard(i);
       if (merged.ok()) continue;
       std::lock_guard lock(mutex);
       if (status.ok()) status = merged;
@@ -352,6 +352,8 @@ absl::StatusOr<Manifest> Run::Execute() {
   RETURN_IF_ERROR(MergeShards());
   RETURN_IF_ERROR(CheckInputsUnchanged());
   meter_.Enter(Phase::kPublishing);
+  // The observer may have stopped the run just now: a worker that lost its lease must not publish.
+  if (options_.stop.stop_requested()) return Stopped();
   RETURN_IF_ERROR(Publish());
   Manifest manifest{.fingerprint = plan_.fingerprint,
                     .shards_reused = shards_reused_,
