@@ -19,7 +19,9 @@ add_library(pewter_options INTERFACE)
 target_compile_options(pewter_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers -ffp-contract=off>)
 if(PEWTER_SANITIZE)
+  # g++ finds uninitialised values in instrumented code that are none.
   target_compile_options(pewter_options INTERFACE
+    $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>
     $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${PEWTER_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
   string(REPLACE ",fuzzer-no-link" "" link_sanitize "${PEWTER_SANITIZE}")
   target_link_options(pewter_options INTERFACE -fsanitize=${link_sanitize})
