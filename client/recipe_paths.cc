@@ -12,6 +12,7 @@
 #include "base/status.h"
 #include "client/output.h"
 #include "merge/recipe/recipe.h"
+#include "merge/recipe/referenced_models.h"
 #include "merge/recipe/yaml.h"
 #include "store/hub_cache_store.h"
 
@@ -26,23 +27,6 @@ std::string Absolute(absl::string_view path, const std::string& working_director
       (fs::path(working_directory) / std::string(path)).lexically_normal().string();
   if (absolute.size() > 1 && absolute.back() == '/') absolute.pop_back();
   return absolute;
-}
-
-// Every model that the recipe names.
-std::vector<ModelRef> ReferencedModels(const Recipe& recipe) {
-  std::vector<ModelRef> refs;
-  const auto add = [&refs](const std::optional<ModelRef>& ref) {
-    if (ref.has_value()) refs.push_back(*ref);
-  };
-  for (const RecipeModule& module : recipe.modules) {
-    for (const RecipeSlice& slice : module.slices) {
-      for (const RecipeSource& source : slice.sources) add(source.model);
-      add(slice.base_model);
-    }
-  }
-  add(recipe.base_model);
-  add(recipe.tokenizer_model);
-  return refs;
 }
 
 const YamlNode* FindNode(const YamlNode& node, TextPosition at) {

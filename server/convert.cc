@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
+#include "merge/recipe/referenced_models.h"
 #include "server/errors.h"
 
 namespace pewter::server {
@@ -159,18 +160,10 @@ PlanOptions ToPlanOptions(const v1::MergeOptions& options) {
 
 std::vector<RecipePath> PathsOf(const Recipe& recipe) {
   std::vector<RecipePath> paths;
-  const auto add = [&](const ModelRef& model) {
+  for (const ModelRef& model : ReferencedModels(recipe)) {
     paths.push_back({.path = model.path, .at = model.at});
     if (!model.adapter.empty()) paths.push_back({.path = model.adapter, .at = model.at});
-  };
-  for (const RecipeModule& module : recipe.modules) {
-    for (const RecipeSlice& slice : module.slices) {
-      for (const RecipeSource& source : slice.sources) add(source.model);
-      if (slice.base_model) add(*slice.base_model);
-    }
   }
-  if (recipe.base_model) add(*recipe.base_model);
-  if (recipe.tokenizer_model) add(*recipe.tokenizer_model);
   return paths;
 }
 

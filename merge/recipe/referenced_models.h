@@ -1,0 +1,14 @@
+// Every model that a recipe names.
+#pragma once
+
+#include <vector>
+
+#include "merge/recipe/recipe.h"
+
+namespace pewter {
+
+// Sources and bases of the slices in order, then the base model and the tokenizer's; repeated where
+// the recipe repeats.
+std::vector<ModelRef> ReferencedModels(const Recipe& recipe);
+
+}  // namespace pewter
