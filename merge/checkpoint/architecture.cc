@@ -18,6 +18,7 @@
 #include "absl/strings/strip.h"
 #include "base/status.h"
 #include "merge/checkpoint/architectures/table.h"
+#include "merge/checkpoint/dotted_key.h"
 
 namespace pewter {
 namespace {
@@ -33,18 +34,6 @@ constexpr const char* kUsualPerLayerLists[] = {"layer_types"};
 
 std::string FillLayer(absl::string_view name, int64_t layer) {
   return absl::StrReplaceAll(name, {{kLayer, absl::StrCat(layer)}});
-}
-
-// Value below a dotted key; null when there is none.
-const json* FindDotted(const json& root, absl::string_view key) {
-  const json* at = &root;
-  for (absl::string_view part : absl::StrSplit(key, '.')) {
-    if (!at->is_object()) return nullptr;
-    const auto it = at->find(std::string(part));
-    if (it == at->end()) return nullptr;
-    at = &*it;
-  }
-  return at;
 }
 
 absl::StatusOr<json> ParseConfig(const Checkpoint& model) {

@@ -8,10 +8,10 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
-#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
+#include "merge/checkpoint/dotted_key.h"
 
 namespace pewter {
 namespace {
@@ -37,17 +37,6 @@ constexpr absl::string_view kTokenizerFiles[] = {"tokenizer.json",
 constexpr absl::string_view kSentenceFiles[] = {"modules.json", "config_sentence_transformers.json",
                                                 "sentence_bert_config.json"};
 constexpr int64_t kMaxSmallJson = int64_t{16} << 20;
-
-ordered_json* FindDotted(ordered_json& root, absl::string_view key) {
-  ordered_json* at = &root;
-  for (absl::string_view part : absl::StrSplit(key, '.')) {
-    if (!at->is_object()) return nullptr;
-    const auto it = at->find(std::string(part));
-    if (it == at->end()) return nullptr;
-    at = &*it;
-  }
-  return at;
-}
 
 absl::StatusOr<bool> Exists(const Checkpoint& model, absl::string_view key) {
   const auto stat = model.store().Stat(key);
