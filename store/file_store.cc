@@ -23,13 +23,12 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "store/object_key.h"
+#include "store/write_behind.h"
 
 namespace pewter {
 namespace {
 
 constexpr absl::string_view kTemporarySuffix = ".pewter-tmp";
-// Written bytes are handed to the disk in runs of this size, so that the fsync at Commit is short.
-constexpr int64_t kWritebackRun = int64_t{8} << 20;
 
 absl::Status ErrnoStatus(int error, absl::string_view action, absl::string_view path) {
   const std::string message =
@@ -242,28 +241,16 @@ class FileStore::Writer final : public ObjectWriter {
 
   absl::Status Append(absl::Span<const std::byte> bytes) override {
     RETURN_IF_ERROR(failure_);
-    while (!bytes.empty()) {
-      const ssize_t written = write(descriptor_.get(), bytes.data(), bytes.size());
-      if (written < 0) {
-        if (errno == EINTR) continue;
-        return failure_ = WriteError(errno, static_cast<int64_t>(bytes.size()));
-      }
-      bytes.remove_prefix(written);
-      written_ += written;
-    }
-    if (written_ - handed_to_disk_ >= kWritebackRun) {
-      // Only starts the transfer. Where it is not supported, Commit's fsync does all the work.
-      sync_file_range(descriptor_.get(), handed_to_disk_, written_ - handed_to_disk_,
-                      SYNC_FILE_RANGE_WRITE);
-      handed_to_disk_ = written_;
-    }
-    return absl::OkStatus();
+    appended_ += static_cast<int64_t>(bytes.size());
+    const int error = file_.Append(bytes);
+    if (error != 0) failure_ = WriteError(error);
+    return failure_;
   }
 
   absl::Status Commit() override {
     RETURN_IF_ERROR(failure_);
     failure_ = absl::FailedPreconditionError(absl::StrCat(path_, " was committed already"));
-    if (fsync(descriptor_.get()) != 0) return failure_ = WriteError(errno, 0);
+    if (const int error = file_.Sync(); error != 0) return failure_ = WriteError(error);
     if (rename(temporary_.c_str(), path_.c_str()) != 0) {
       return failure_ = ErrnoStatus(errno, "write", path_);
     }
@@ -281,7 +268,7 @@ class FileStore::Writer final : public ObjectWriter {
         descriptor_(std::move(descriptor)),
         descriptors_(std::move(descriptors)) {}
 
-  absl::Status WriteError(int error, int64_t missing) const {
+  absl::Status WriteError(int error) const {
     if (error != ENOSPC && error != EDQUOT && error != EFBIG) {
       return ErrnoStatus(error, "write", path_);
     }
@@ -293,9 +280,10 @@ class FileStore::Writer final : public ObjectWriter {
       free = absl::StrCat(" (", FormatBytes(static_cast<int64_t>(fs.f_bavail) * fs.f_frsize),
                           " free)");
     }
-    return absl::ResourceExhaustedError(
-        absl::StrCat("cannot write ", path_, ": ", reason, free, "; ", written_,
-                     " bytes are written, at least ", missing, " more are needed"));
+    const int64_t written = file_.written();
+    return absl::ResourceExhaustedError(absl::StrCat("cannot write ", path_, ": ", reason, free,
+                                                     "; ", written, " bytes are written, at least ",
+                                                     appended_ - written, " more are needed"));
   }
 
   const std::string key_;
@@ -304,9 +292,9 @@ class FileStore::Writer final : public ObjectWriter {
   const Descriptor descriptor_;
   const std::shared_ptr<DescriptorCache> descriptors_;
   absl::Status failure_;  // of the first failure: a damaged object is never committed
-  int64_t written_ = 0;
-  int64_t handed_to_disk_ = 0;
+  int64_t appended_ = 0;
   bool committed_ = false;
+  WriteBehind file_{descriptor_.get()};
 };
 
 FileStore::FileStore(std::string root)

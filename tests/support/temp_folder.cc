@@ -13,8 +13,10 @@ namespace pewter::testing {
 
 namespace fs = std::filesystem;
 
-TempFolder::TempFolder() {
-  std::string pattern = (fs::temp_directory_path() / "pewter.XXXXXX").string();
+TempFolder::TempFolder() : TempFolder(fs::temp_directory_path().string()) {}
+
+TempFolder::TempFolder(absl::string_view parent) {
+  std::string pattern = absl::StrCat(parent, "/pewter.XXXXXX");
   if (mkdtemp(pattern.data()) == nullptr) abort();
   path_ = pattern;
 }

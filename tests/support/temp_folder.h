@@ -10,7 +10,8 @@ namespace pewter::testing {
 // Removed with all that it holds when the object goes.
 class TempFolder {
  public:
-  TempFolder();
+  TempFolder();  // where temporary files go
+  explicit TempFolder(absl::string_view parent);
   ~TempFolder();
   TempFolder(const TempFolder&) = delete;
   TempFolder& operator=(const TempFolder&) = delete;
