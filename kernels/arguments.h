@@ -15,6 +15,8 @@ absl::Status CheckMap(const MapOp& op, absl::Span<const ConstView> in, View out,
 absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first);
 absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
                             absl::Span<const uint64_t> bins);
+absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                       absl::Span<const SiftCandidate> candidates);
 
 template <class Variant>
 const void* OpAddress(const Variant& op) {

@@ -4,7 +4,6 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "kernels/arguments.h"
-#include "kernels/radix_select.h"
 
 namespace pewter::kernels {
 namespace {
@@ -65,21 +64,19 @@ absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> i
   return absl::OkStatus();
 }
 
-int Terms(const ReduceOp& op) {
-  return std::visit([](const auto& held) { return held.groups() * held.kTerms; }, op);
+absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                       absl::Span<const SiftCandidate> candidates) {
+  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, 0));
+  if (in[0].dtype == DType::kF64) return absl::InternalError("F64 magnitudes cannot be sifted");
+  if (static_cast<int64_t>(candidates.size()) < in[0].size || in[0].size > UINT32_MAX) {
+    return absl::InternalError(
+        absl::StrCat("room for ", candidates.size(), " candidates of ", in[0].size));
+  }
+  return absl::OkStatus();
 }
 
-absl::StatusOr<KthMagnitude> SelectKth(
-    int64_t k, bool f64,
-    const std::function<absl::Status(RadixLevel, absl::Span<uint64_t>)>& histogram) {
-  if (k < 1) return absl::InternalError(absl::StrCat("the ", k, "-th largest magnitude"));
-  RadixSelect select(k, f64);
-  while (!select.done()) {
-    std::vector<uint64_t> bins(kRadixBins);
-    RETURN_IF_ERROR(histogram(select.level(), absl::MakeSpan(bins)));
-    RETURN_IF_ERROR(select.Descend(bins));
-  }
-  return KthMagnitude{.value = select.value(), .ties = select.ties()};
+int Terms(const ReduceOp& op) {
+  return std::visit([](const auto& held) { return held.groups() * held.kTerms; }, op);
 }
 
 }  // namespace pewter::kernels

@@ -2,8 +2,8 @@
 //
 // Work on one Backend object is ordered, as on one stream; a pipeline lane owns its own Backend. A
 // Backend is used by one thread at a time. Views point to memory of that backend (for the CPU: host
-// memory). Map, Reduce and Histogram may return before the device is done; Synchronize waits.
-// Outputs of Reduce and Histogram are host values and are complete on return.
+// memory). Map may return before the device is done; Synchronize waits. Outputs of Reduce,
+// Histogram and Sift are host values and are complete on return.
 //
 // Elementwise ops (kernels/ops/*.h) are trivially copyable functors, compiled by g++ and nvcc
 // alike. They compute in float, and in double when their inputs are F64. Loads widen, the store
@@ -16,7 +16,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -97,19 +96,12 @@ class Backend {
   // Adds the counts of the level's digit of op(x) to `bins` (kRadixBins of them).
   virtual absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in,
                                  RadixLevel level, absl::Span<uint64_t> bins) = 0;
+  // Where op(x) lies with respect to the window. `candidates` has room for every element of the
+  // views; its first SiftCounts::candidates are set, in any order. Not for F64 inputs.
+  virtual absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                                          const SiftWindow& window,
+                                          absl::Span<SiftCandidate> candidates) = 0;
 };
-
-// Exact k-th largest magnitude: `value` such that elements with magnitude > value are fewer than k
-// and those >= value are at least k; `ties` is how many of those equal to `value` belong to the k.
-struct KthMagnitude {
-  double value = 0;
-  int64_t ties = 0;
-};
-// Drives Histogram over all levels; `histogram(level, bins)` adds one level's counts over the whole
-// tensor. `f64` says that keys are F64. 1 <= k <= number of elements.
-absl::StatusOr<KthMagnitude> SelectKth(
-    int64_t k, bool f64,
-    const std::function<absl::Status(RadixLevel, absl::Span<uint64_t>)>& histogram);
 
 // True as soon as one element of a floating host view is NaN or infinite; `*at` is then its index.
 bool FindNonFinite(ConstView view, int64_t* at);

@@ -27,6 +27,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "kernels/backends.h"
+#include "tests/kernels/view_scan.h"
 
 namespace pewter::kernels {
 namespace {
@@ -304,30 +305,23 @@ void RegisterSelections(Bench& bench) {
        }},
   };
   for (const auto& [name, draw] : distributions) {
-    benchmark::RegisterBenchmark(absl::StrCat("select/", name).c_str(), [&bench, draw = draw](
-                                                                            benchmark::State&
-                                                                                state) {
-      std::mt19937 random(3);
-      std::normal_distribution<float> normal;
-      std::vector<float> values(kElements);
-      for (float& value : values) value = draw(random, normal);
-      const char* data = bench.SetInput(values);
-      std::vector<double> seconds;
-      const auto select = [&] {
-        Require(
-            SelectKth(kElements / 5, false, [&](RadixLevel level, auto bins) {
-              const int64_t tile = bench.backend().host_memory() ? kTile : kElements;
-              for (int64_t at = 0; at < kElements; at += tile) {
-                const ConstView view{data + at * 4, DType::kF32, std::min(tile, kElements - at)};
-                Require(bench.backend().Histogram(DeltaMagnitude{.count = 1}, {view}, level, bins));
-              }
-              return absl::OkStatus();
-            }).status());
-      };
-      bench.Run(state, 2 * kElements * 4, select);
-      for (int i = 0; i < 5; ++i) seconds.push_back(bench.Seconds(select));
-      state.counters["seconds"] = Median(seconds);
-    })->UseManualTime();
+    benchmark::RegisterBenchmark(
+        absl::StrCat("select/", name).c_str(),
+        [&bench, draw = draw](benchmark::State& state) {
+          std::mt19937 random(3);
+          std::normal_distribution<float> normal;
+          std::vector<float> values(kElements);
+          for (float& value : values) value = draw(random, normal);
+          const char* data = bench.SetInput(values);
+          std::vector<double> seconds;
+          const int64_t tile = bench.backend().host_memory() ? kTile : kElements;
+          ViewScan scan(bench.backend(), {{{data, DType::kF32, kElements}}}, tile);
+          const auto select = [&] { Require(SelectThresholds(scan, {kElements / 5}).status()); };
+          bench.Run(state, kElements * 4, select);
+          for (int i = 0; i < 5; ++i) seconds.push_back(bench.Seconds(select));
+          state.counters["seconds"] = Median(seconds);
+        })
+        ->UseManualTime();
   }
 }
 

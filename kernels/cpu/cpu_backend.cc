@@ -178,6 +178,33 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
+  absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                                  const SiftWindow& window,
+                                  absl::Span<SiftCandidate> candidates) override {
+    RETURN_IF_ERROR(CheckSift(op, in, candidates));
+    const void* erased = OpAddress(op);
+    // Each piece leaves its candidates where they have room whatever the others find.
+    std::vector<SiftCounts> pieces((in[0].size + kPiece - 1) / kPiece);
+    ForEachPiece(in[0].size, kPiece, [&](int64_t at, int64_t size, int) {
+      SiftArgs args = {};
+      SetInputs(in, at, args);
+      args.size = size;
+      args.first = static_cast<uint32_t>(at);
+      args.window = window;
+      args.candidates = candidates.data() + at;
+      pieces[at / kPiece] = table_.sift[op.index()](erased, args);
+    });
+    SiftCounts total;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const SiftCandidate* found = candidates.data() + i * kPiece;
+      std::copy(found, found + pieces[i].candidates, candidates.data() + total.candidates);
+      total.above += pieces[i].above;
+      total.common += pieces[i].common;
+      total.candidates += pieces[i].candidates;
+    }
+    return total;
+  }
+
  private:
   // fn(first element, elements, thread), on all threads when there are several pieces.
   template <class F>

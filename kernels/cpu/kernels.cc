@@ -400,6 +400,52 @@ void Histogram(const void* erased, const HistogramArgs& args) {
   });
 }
 
+// --- Sift -------------------------------------------------------------------------------------
+
+template <class Op>
+SiftCounts Sift(const void* erased, const SiftArgs& args) {
+  const Op& op = *static_cast<const Op*>(erased);
+  SiftCounts counts;
+  SiftCandidate* to = args.candidates;
+  WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
+    if constexpr (sizeof(C) == 4) {
+      const SiftWindow window = args.window;
+      const NoDraws draws(op);
+      Padded padded;
+      for (int64_t at = 0; at < args.size; at += kLanes) {
+        const int64_t rest = args.size - at;
+        const bool whole = rest >= kLanes;
+        if (!whole) [[unlikely]]
+          padded.Fill(args.in, op.inputs(), at, rest, format.width());
+        const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
+                                          .at = whole ? at : 0,
+                                          .index = at,
+                                          .in_row = 0,
+                                          .format = format,
+                                          .draws = draws};
+        const Simd<C> magnitude = op(run);
+        const uint32_t lanes = whole ? 0xffffffffu : (1u << rest) - 1;
+        const uint32_t below = Bits(magnitude < window.low) & lanes;
+        const uint32_t common = Bits(magnitude == window.common) & lanes;
+        const uint32_t up_to_high =
+            Bits((magnitude < window.high) | (magnitude == window.high)) & lanes;
+        counts.above += __builtin_popcount(lanes & ~up_to_high);
+        counts.common += __builtin_popcount(common);
+        uint32_t inside = up_to_high & ~below & ~common;
+        if (inside == 0) continue;
+        float lane[kLanes];
+        __builtin_memcpy(lane, &magnitude, sizeof(lane));
+        for (; inside != 0; inside &= inside - 1) {
+          const int l = __builtin_ctz(inside);
+          *to++ = {lane[l], args.first + static_cast<uint32_t>(at + l)};
+        }
+      }
+    }
+  });
+  counts.candidates = to - args.candidates;
+  return counts;
+}
+
 // --- Checks -----------------------------------------------------------------------------------
 
 // Index of the first element whose bits without the sign exceed `largest`. I: signed.
@@ -458,21 +504,23 @@ constexpr KernelTable WithReductions(KernelTable table, const std::variant<Ops..
   return table;
 }
 template <class... Ops>
-constexpr KernelTable WithHistograms(KernelTable table, const std::variant<Ops...>*) {
-  int i = 0;
+constexpr KernelTable WithSelections(KernelTable table, const std::variant<Ops...>*) {
+  int i = 0, j = 0;
   ((table.histogram[i++] = &Histogram<Ops>), ...);
+  ((table.sift[j++] = &Sift<Ops>), ...);
   return table;
 }
 
 }  // namespace
 }  // namespace PEWTER_CPU_ISA
 
-extern constinit const KernelTable PEWTER_CPU_TABLE = PEWTER_CPU_ISA::WithHistograms(
+extern constinit const KernelTable PEWTER_CPU_TABLE = PEWTER_CPU_ISA::WithSelections(
     PEWTER_CPU_ISA::WithReductions(
         PEWTER_CPU_ISA::WithMaps({.isa = PEWTER_STRING(PEWTER_CPU_ISA),
                                   .map = {},
                                   .reduce = {},
                                   .histogram = {},
+                                  .sift = {},
                                   .convert = &PEWTER_CPU_ISA::ConvertElements,
                                   .find_non_finite = &PEWTER_CPU_ISA::FindNonFinite},
                                  static_cast<MapOp*>(nullptr)),

@@ -41,12 +41,22 @@ struct HistogramArgs {
   uint64_t* bins;  // added to
 };
 
+struct SiftArgs {
+  const void* in[kMaxInputs];
+  DType in_dtype;  // not F64
+  int64_t size;
+  uint32_t first;  // index of the first element
+  SiftWindow window;
+  SiftCandidate* candidates;  // room for `size`; overwritten
+};
+
 struct KernelTable {
   const char* isa;
   // By the op's place in its list.
   void (*map[std::variant_size_v<MapOp>])(const void* op, const MapArgs& args);
   void (*reduce[std::variant_size_v<ReduceOp>])(const void* op, const ReduceArgs& args);
   void (*histogram[std::variant_size_v<MagnitudeOp>])(const void* op, const HistogramArgs& args);
+  SiftCounts (*sift[std::variant_size_v<MagnitudeOp>])(const void* op, const SiftArgs& args);
   void (*convert)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t size);
   // Index of the first NaN or infinity, -1 when there is none.
   int64_t (*find_non_finite)(const void* data, DType dtype, int64_t size);

@@ -161,6 +161,18 @@ class CudaBackend : public Backend {
     return Status(plugin_.histogram(stream_, &call), "histogram");
   }
 
+  absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+                                  const SiftWindow& window,
+                                  absl::Span<SiftCandidate> candidates) override {
+    RETURN_IF_ERROR(CheckSift(op, in, candidates));
+    SiftCall call = {.op = static_cast<int>(op.index()), .op_data = OpAddress(op)};
+    SetInputs(in, call);
+    call.window = window;
+    call.candidates = candidates.data();
+    RETURN_IF_ERROR(Status(plugin_.sift(stream_, &call), "sift"));
+    return call.counts;
+  }
+
  private:
   absl::Status Status(int error, absl::string_view doing) const {
     return Annotate(ToStatus(plugin_, error, doing), name());

@@ -3,7 +3,8 @@
 // Map: a thread takes 8 elements, loaded 16 bytes at a time where the views are aligned, and the
 // grid strides over the tensor. Reduce: a thread block sums one reduction block in the order that
 // kernels/ops/reduce_ops.h states. Histogram: bins are private to a thread block, in shared memory,
-// and lanes of a warp that hit the same bin are counted together.
+// and lanes of a warp that hit the same bin are counted together. Sift: a warp takes room for the
+// candidates of its lanes with one atomic addition.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -628,6 +629,111 @@ int Histogram(Stream* stream, const HistogramCall* call) {
   return cudaSuccess;
 }
 
+// --- Sift ---------------------------------------------------------------------------------------
+
+struct SiftParams {
+  Inputs inputs;
+  int64_t size;
+  bool aligned;
+  SiftWindow window;
+  unsigned long long* counts;  // above, common, candidates
+  SiftCandidate* candidates;
+};
+
+template <class Op, class T, DType kIn>
+__global__ void __launch_bounds__(kMapThreads)
+    SiftKernel(const __grid_constant__ Op op, const __grid_constant__ SiftParams p) {
+  const int lane = threadIdx.x % 32;
+  unsigned above = 0, common = 0;
+  const int64_t step = int64_t{gridDim.x} * kMapThreads * kMapLanes;
+  const int64_t thread = int64_t{blockIdx.x} * kMapThreads + threadIdx.x;
+  // Whole warps go round together: a warp takes room for its candidates at once.
+  for (int64_t warp_at = thread / 32 * 32 * kMapLanes; warp_at < p.size; warp_at += step) {
+    const int64_t at = warp_at + lane * kMapLanes;
+    const int count =
+        static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kMapLanes), p.size - at)));
+    const Run<T, kIn, kMapLanes> run{p.inputs.in, at, at, count, p.aligned};
+    const Lanes<T, kMapLanes> magnitude = op(run);
+    unsigned inside = 0;
+#pragma unroll
+    for (int l = 0; l < kMapLanes; ++l) {
+      const T value = magnitude.lane[l];
+      const bool exists = l < count;
+      above += exists && !(value <= p.window.high);
+      common += exists && value == p.window.common;
+      inside |= static_cast<unsigned>(exists && value >= p.window.low && value <= p.window.high &&
+                                      value != p.window.common)
+                << l;
+    }
+    if (!__any_sync(0xffffffffu, inside != 0)) continue;
+    const int mine = __popc(inside);
+    int before = mine;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, before, distance);
+      if (lane >= distance) before += other;
+    }
+    unsigned long long place = 0;
+    if (lane == 31) place = atomicAdd(p.counts + 2, static_cast<unsigned long long>(before));
+    place = __shfl_sync(0xffffffffu, place, 31) + before - mine;
+#pragma unroll
+    for (int l = 0; l < kMapLanes; ++l) {
+      if (inside >> l & 1) {
+        p.candidates[place++] = {static_cast<float>(magnitude.lane[l]),
+                                 static_cast<uint32_t>(at + l)};
+      }
+    }
+  }
+  above = __reduce_add_sync(0xffffffffu, above);
+  common = __reduce_add_sync(0xffffffffu, common);
+  if (lane == 0) {
+    if (above != 0) atomicAdd(p.counts, static_cast<unsigned long long>(above));
+    if (common != 0) atomicAdd(p.counts + 1, static_cast<unsigned long long>(common));
+  }
+}
+
+int Sift(Stream* stream, SiftCall* call) {
+  call->counts = {};
+  if (call->size == 0) return cudaSuccess;
+  RETURN_IF_CUDA_ERROR(cudaSetDevice(stream->ordinal));
+  constexpr int64_t kHead = 64;  // the counts, and then the candidates
+  static_assert(kHead >= static_cast<int64_t>(sizeof(SiftCounts)));
+  constexpr auto kCandidate = static_cast<int64_t>(sizeof(SiftCandidate));
+  if (const int error = Reserve(stream, kHead + call->size * kCandidate); error != 0) return error;
+  auto* device = static_cast<char*>(stream->device_scratch);
+  RETURN_IF_CUDA_ERROR(cudaMemsetAsync(device, 0, kHead, stream->stream));
+  const int error =
+      WithOp(static_cast<MagnitudeOp*>(nullptr), call->op, call->op_data, [&](const auto& op) {
+        return WithFormat(call->in_dtype, [&](auto compute, auto stored) -> int {
+          using Op = std::remove_cvref_t<decltype(op)>;
+          constexpr DType kIn = decltype(stored)::kValue;
+          const SiftParams params = {
+              .inputs = InputsOf(*call),
+              .size = call->size,
+              .aligned = InputsAligned<kIn, kMapLanes>(*call),
+              .window = call->window,
+              .counts = reinterpret_cast<unsigned long long*>(device),
+              .candidates = reinterpret_cast<SiftCandidate*>(device + kHead)};
+          const int64_t wanted =
+              (call->size + kMapThreads * kMapLanes - 1) / (kMapThreads * kMapLanes);
+          const auto blocks =
+              static_cast<unsigned>(std::min<int64_t>(wanted, int64_t{stream->processors} * 32));
+          SiftKernel<Op, decltype(compute), kIn>
+              <<<blocks, kMapThreads, 0, stream->stream>>>(op, params);
+          return cudaGetLastError();
+        });
+      });
+  if (error != 0) return error;
+  if (const int fetched = FetchScratch(stream, kHead); fetched != 0) return fetched;
+  const auto* counts = static_cast<const int64_t*>(stream->host_scratch);
+  call->counts = {.above = counts[0], .common = counts[1], .candidates = counts[2]};
+  if (counts[2] == 0) return cudaSuccess;
+  RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(call->candidates, device + kHead, counts[2] * kCandidate,
+                                       cudaMemcpyDeviceToHost, stream->stream));
+  RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream->stream));
+  return cudaSuccess;
+}
+
 // --- Devices, memory, streams -------------------------------------------------------------------
 
 const char* Describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
@@ -739,7 +845,8 @@ constexpr Plugin kPlugin = {.describe = &Describe,
                             .synchronize = &Synchronize,
                             .map = &Map,
                             .reduce = &Reduce,
-                            .histogram = &Histogram};
+                            .histogram = &Histogram,
+                            .sift = &Sift};
 
 }  // namespace
 

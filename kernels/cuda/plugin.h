@@ -16,7 +16,7 @@ namespace pewter::kernels::cuda {
 // Raise the number whenever a struct or the meaning of a function here, or an op's meaning,
 // changes; a change of an op's layout changes the value by itself.
 inline constexpr uint64_t kPluginAbi =
-    (uint64_t{1} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
+    (uint64_t{2} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
 
 struct Stream;
 
@@ -58,6 +58,18 @@ struct HistogramCall {
   uint64_t* bins;  // host: added to
 };
 
+struct SiftCall {
+  int op;
+  const void* op_data;
+  int inputs;
+  const void* in[kMaxInputs];
+  DType in_dtype;  // not F64
+  int64_t size;
+  SiftWindow window;
+  SiftCandidate* candidates;  // host: room for `size`
+  SiftCounts counts;          // set
+};
+
 struct Plugin {
   const char* (*describe)(int error);
   int (*device_count)(int* count);
@@ -79,6 +91,7 @@ struct Plugin {
   int (*map)(Stream* stream, const MapCall* call);
   int (*reduce)(Stream* stream, const ReduceCall* call);
   int (*histogram)(Stream* stream, const HistogramCall* call);
+  int (*sift)(Stream* stream, SiftCall* call);
 };
 
 // Null when the library was built for another kPluginAbi.

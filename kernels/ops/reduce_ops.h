@@ -86,4 +86,21 @@ struct DeltaMagnitude {
   }
 };
 
+// Backend::Sift tells where magnitudes lie with respect to a window: from low to high, where those
+// equal to `common` are so many that counting them must do.
+struct SiftWindow {
+  float low = 0;
+  float high = 0;
+  float common = __builtin_nanf("");
+};
+struct SiftCandidate {
+  float magnitude;
+  uint32_t index;  // in the views
+};
+struct SiftCounts {
+  int64_t above = 0;       // larger than high; NaN counts as such
+  int64_t common = 0;      // equal to `common`
+  int64_t candidates = 0;  // the others in the window
+};
+
 }  // namespace pewter::kernels

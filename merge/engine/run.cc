@@ -125,6 +125,7 @@ class Run {
   std::unique_ptr<BufferPool> buffers_;
   std::string device_description_;
   Sizing sizing_;
+  std::atomic<int64_t> candidate_bytes_ = 0;
   std::mutex mutex_;
   RunState state_;  // guarded by mutex_ while shards are merged
   int64_t shards_reused_ = 0;
@@ -230,6 +231,7 @@ absl::Status Run::MergeShard(int index) {
       .scheduler = *scheduler_,
       .buffers = *buffers_,
       .writer = writer,
+      .candidate_bytes = candidate_bytes_,
       .tile_elements = sizing_.tile_elements,
       .seed = plan_.options.seed,
       .allow_nonfinite = options_.allow_nonfinite,
@@ -277,6 +279,7 @@ absl::Status Run::MergeShard(int index) {
 
 absl::Status Run::MergeShards() {
   ASSIGN_OR_RETURN(sizing_, SizeRun(plan_));
+  candidate_bytes_ = sizing_.candidate_bytes;
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
   ASSIGN_OR_RETURN(std::unique_ptr<kernels::Backend> allocator,
                    kernels::OpenBackend(device, /*threads=*/1));

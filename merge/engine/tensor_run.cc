@@ -1,13 +1,11 @@
 #include "merge/engine/tensor_run.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
-#include "kernels/radix_select.h"
+#include "merge/engine/delta_scan.h"
 
 namespace pewter {
 namespace {
@@ -149,99 +147,22 @@ absl::StatusOr<std::vector<double>> TensorRun::Reduce(const kernels::ReduceOp& o
   return sums;
 }
 
-absl::StatusOr<std::vector<MethodContext::Trim>> TensorRun::SelectLargestDeltas(
+absl::StatusOr<std::vector<kernels::Threshold>> TensorRun::SelectLargestDeltas(
     absl::Span<const int64_t> ks) {
-  std::vector<Trim> trims(ks.size());
-  std::vector<int> operands = {kBase};
-  std::vector<kernels::RadixSelect> selects;
+  std::vector<int> inputs;
+  std::vector<int64_t> wanted;
   for (size_t i = 0; i < ks.size(); ++i) {
     if (ks[i] == 0) continue;
-    operands.push_back(static_cast<int>(i));
-    selects.emplace_back(ks[i], f64());
+    inputs.push_back(static_cast<int>(i));
+    wanted.push_back(ks[i]);
   }
-  if (selects.empty() || tensor_.shape.elements() == 0) return trims;
-
-  // One pass a level for all inputs together. Each lane counts for itself; the sums do not depend
-  // on who counted.
-  while (!selects.front().done()) {
-    std::vector<std::vector<uint64_t>> bins(environment_.scheduler.lanes() * selects.size());
-    RETURN_IF_ERROR(
-        Pass(operands, /*writes_output=*/false,
-             [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
-               for (size_t s = 0; s < selects.size(); ++s) {
-                 std::vector<uint64_t>& mine = bins[tile.lane.index() * selects.size() + s];
-                 mine.resize(kernels::kRadixBins);
-                 const std::array<ConstView, 2> pair = {views[0], views[s + 1]};
-                 RETURN_IF_ERROR(tile.lane.backend().Histogram(
-                     kernels::DeltaMagnitude{}, pair, selects[s].level(), absl::MakeSpan(mine)));
-               }
-               return absl::OkStatus();
-             }));
-    for (size_t s = 0; s < selects.size(); ++s) {
-      std::vector<uint64_t> total(kernels::kRadixBins);
-      for (size_t lane = 0; lane < bins.size(); lane += selects.size()) {
-        const std::vector<uint64_t>& part = bins[lane + s];
-        for (size_t bin = 0; bin < part.size(); ++bin) total[bin] += part[bin];
-      }
-      RETURN_IF_ERROR(selects[s].Descend(total));
-    }
-  }
-
-  // Where only some of the elements equal to a threshold belong, find the index at which they end.
-  // Zeros may all stay: a zero delta adds nothing.
-  kernels::CountEqualMagnitude count;
-  count.task.count = static_cast<int>(selects.size());
-  bool split = false;
-  for (size_t s = 0; s < selects.size(); ++s) {
-    Trim& trim = trims[operands[s + 1]];
-    trim.threshold = selects[s].value();
-    trim.ties_end = tensor_.shape.elements();
-    count.task.model[s].threshold = trim.threshold;
-    split |= trim.threshold != 0 && selects[s].ties() < selects[s].equal();
-  }
-  if (!split) return trims;
-  ASSIGN_OR_RETURN(const std::vector<double> equal, ReduceBlocks(count, operands));
-  for (size_t s = 0; s < selects.size(); ++s) {
-    Trim& trim = trims[operands[s + 1]];
-    if (trim.threshold == 0 || selects[s].ties() == selects[s].equal()) continue;
-    ASSIGN_OR_RETURN(trim.ties_end, FindTiesEnd(operands[s + 1], trim.threshold, selects[s].ties(),
-                                                absl::MakeConstSpan(equal).subspan(s),
-                                                static_cast<int>(selects.size())));
-  }
-  return trims;
-}
-
-absl::StatusOr<int64_t> TensorRun::FindTiesEnd(int input, double threshold, int64_t ties,
-                                               absl::Span<const double> equal_by_block,
-                                               int stride) {
-  int64_t block = 0;
-  for (; ties > static_cast<int64_t>(equal_by_block[block * stride]); ++block) {
-    ties -= static_cast<int64_t>(equal_by_block[block * stride]);
-  }
-  const int64_t first = block * kernels::kReduceBlock;
-  const int64_t count = std::min(kernels::kReduceBlock, tensor_.shape.elements() - first);
-  // The deltas in the compute type, as the kernels form them.
-  const auto scan = [&]<class T>(T) -> absl::StatusOr<int64_t> {
-    const auto read = [&](int operand, std::vector<T>& out) -> absl::Status {
-      const TensorSource& from = source(operand);
-      std::vector<std::byte> stored(count * ByteWidth(from.dtype()));
-      RETURN_IF_ERROR(from.Read(first, count, absl::MakeSpan(stored), nullptr));
-      out.resize(count);
-      kernels::Convert({stored.data(), from.dtype(), count},
-                       {out.data(), sizeof(T) == 8 ? DType::kF64 : DType::kF32, count});
-      return absl::OkStatus();
-    };
-    std::vector<T> base, model;
-    RETURN_IF_ERROR(read(kBase, base));
-    RETURN_IF_ERROR(read(input, model));
-    for (int64_t i = 0; i < count; ++i) {
-      if (std::abs(model[i] - base[i]) == static_cast<T>(threshold) && --ties == 0)
-        return first + i + 1;
-    }
-    return absl::DataLossError(
-        absl::StrCat(source(input).name(), " changed while it was being merged"));
-  };
-  return f64() ? scan(double{}) : scan(float{});
+  std::vector<kernels::Threshold> thresholds(ks.size());
+  if (inputs.empty() || tensor_.shape.elements() == 0) return thresholds;
+  DeltaScan scan(*this, inputs);
+  ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> found,
+                   kernels::SelectThresholds(scan, wanted));
+  for (size_t i = 0; i < inputs.size(); ++i) thresholds[inputs[i]] = found[i];
+  return thresholds;
 }
 
 absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) {

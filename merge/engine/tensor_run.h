@@ -5,6 +5,7 @@
 // on the number of lanes, on --memory or on what else is in flight.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -27,7 +28,8 @@ class TensorRun : public MethodContext {
     TileScheduler& scheduler;
     BufferPool& buffers;
     ShardWriter& writer;
-    int64_t tile_elements;  // a multiple of kernels::kReduceBlock
+    std::atomic<int64_t>& candidate_bytes;  // that may still be used to find thresholds
+    int64_t tile_elements;                  // a multiple of kernels::kReduceBlock
     uint64_t seed;
     bool allow_nonfinite;
     std::function<void(int64_t bytes)> on_read;
@@ -54,11 +56,14 @@ class TensorRun : public MethodContext {
                                              Operands operands) override;
   absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
                                                    Operands operands) override;
-  absl::StatusOr<std::vector<Trim>> SelectLargestDeltas(absl::Span<const int64_t> ks) override;
+  absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
+      absl::Span<const int64_t> ks) override;
   absl::Status Map(const kernels::MapOp& op, Operands operands) override;
   absl::Status Copy(int input) override;
 
  private:
+  friend class DeltaScan;
+
   // One tile of a pass: elements [first, first + count).
   struct Tile {
     Lane& lane;
@@ -81,8 +86,6 @@ class TensorRun : public MethodContext {
   absl::Status CheckFinite(kernels::ConstView host, int64_t first, int operand);
   // A tile of the result in host memory, in `from`, goes to the output in the output's dtype.
   absl::Status Emit(const Tile& tile, PooledBuffer result, DType from);
-  absl::StatusOr<int64_t> FindTiesEnd(int input, double threshold, int64_t ties,
-                                      absl::Span<const double> equal_by_block, int stride);
 
   const PlanTensor& tensor_;
   const int64_t order_;

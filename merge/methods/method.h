@@ -21,6 +21,7 @@
 #include "base/random.h"
 #include "base/shape.h"
 #include "kernels/backend.h"
+#include "kernels/threshold_select.h"
 
 namespace pewter {
 
@@ -76,6 +77,7 @@ struct MergeMethod {
   // Extra device bytes for each element, beyond tiles (0: works tile by tile, memory independent of
   // the tensor's size).
   int64_t whole_tensor_bytes_per_element = 0;
+  bool selects = false;  // calls SelectLargestDeltas
   absl::Status (*run)(MethodContext&) = nullptr;
 };
 
@@ -111,13 +113,10 @@ class MethodContext {
   virtual absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
                                                            Operands operands) = 0;
   // For each i: the ks[i]-th largest |input i - base| (0: skip), found with shared passes, and
-  // `ties_end`, the index below which elements equal to it are kept so that exactly ks[i] are
-  // (lowest index first).
-  struct Trim {
-    double threshold = 0;
-    int64_t ties_end = 0;
-  };
-  virtual absl::StatusOr<std::vector<Trim>> SelectLargestDeltas(absl::Span<const int64_t> ks) = 0;
+  // the index below which elements equal to it are kept so that exactly ks[i] are (lowest index
+  // first). Methods that call it say `selects`.
+  virtual absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
+      absl::Span<const int64_t> ks) = 0;
   // The last pass: writes the output.
   virtual absl::Status Map(const kernels::MapOp& op, Operands operands) = 0;
   // The output is an input, converted to the output's dtype; bytes are copied when dtypes agree.

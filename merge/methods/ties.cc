@@ -22,6 +22,7 @@ absl::Span<const MergeMethod> ties() {
       .params = TaskVectorParams(kOptions, /*normalize=*/true, /*rescale=*/false),
       .base = BaseUse::kRequired,
       .min_inputs = 0,
+      .selects = true,
       .run = [](MethodContext& context) { return RunTaskVectors(context, kOptions); },
   }};
   return methods;

@@ -6,6 +6,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "kernels/backends.h"
+#include "kernels/threshold_select.h"
 
 namespace pewter {
 namespace {
@@ -19,6 +20,8 @@ constexpr int kCudaLanes = 4;
 constexpr int kLanesPerOpenShard = 4;
 constexpr int64_t kLargestWindow = int64_t{64} << 20;
 constexpr int64_t kLeastWindowTiles = 4;
+// Of the largest tensors there are seldom more at a time.
+constexpr int64_t kLargestInFlight = 2;
 
 }  // namespace
 
@@ -27,7 +30,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
   Sizing sizing{.tile_elements = device.cuda ? kCudaTileElements : kCpuTileElements};
 
-  int64_t most_operands = 1, widest = 1, resident = 0;
+  int64_t most_operands = 1, widest = 1, resident = 0, candidates = 0;
   for (const PlanTensor& tensor : plan.tensors) {
     const auto see = [&](const PlanInput& input) {
       widest = std::max(widest, ByteWidth(input.source->dtype()));
@@ -38,6 +41,11 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
     most_operands = std::max<int64_t>(
         most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
+    if (tensor.method != nullptr && tensor.method->selects) {
+      candidates = std::max(candidates, static_cast<int64_t>(tensor.inputs.size()) *
+                                            kernels::MostCandidates(tensor.shape.elements()) *
+                                            static_cast<int64_t>(sizeof(kernels::SiftCandidate)));
+    }
     if (tensor.method == nullptr || tensor.method->whole_tensor_bytes_per_element == 0) continue;
     ASSIGN_OR_RETURN(
         const int64_t whole,
@@ -51,9 +59,13 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   }
 
   const int64_t tile_bytes = sizing.tile_elements * widest;
-  // A tile of each operand and of the result, and a histogram of each operand.
-  const int64_t lane_bytes =
-      (most_operands + 1) * tile_bytes + most_operands * kernels::kRadixBins * 8;
+  // A tile of each operand and of the result, and to select: a tile's candidates, and a histogram
+  // of each operand.
+  int64_t lane_bytes = (most_operands + 1) * tile_bytes;
+  if (candidates > 0) {
+    lane_bytes += sizing.tile_elements * static_cast<int64_t>(sizeof(kernels::SiftCandidate)) +
+                  most_operands * kernels::kRadixBins * 8;
+  }
   const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes;
   if (least > options.memory_bytes) {
     return absl::ResourceExhaustedError(
@@ -61,8 +73,8 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
                      " of it for adapters and token maps) and the memory budget is ",
                      FormatBytes(options.memory_bytes), "; raise --memory"));
   }
-  // Half of what is left for lanes, a quarter for windows, the rest for what the process needs
-  // besides.
+  // Half of what is left for lanes, a quarter for windows, an eighth for candidates (without them
+  // thresholds take more passes), the rest for what the process needs besides.
   const int64_t free = options.memory_bytes - resident;
   const int64_t wanted = device.cuda ? std::max(kCudaLanes, options.threads) : options.threads;
   sizing.lanes = static_cast<int>(std::clamp<int64_t>(free / 2 / lane_bytes, 1, wanted));
@@ -71,8 +83,9 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   const int64_t least_window = kLeastWindowTiles * tile_bytes;
   sizing.window_bytes = std::clamp(free / 4 / sizing.open_shards, least_window,
                                    std::max(kLargestWindow, least_window));
-  sizing.peak_bytes =
-      resident + sizing.lanes * lane_bytes + sizing.open_shards * sizing.window_bytes;
+  sizing.candidate_bytes = std::min(free / 8, kLargestInFlight * candidates);
+  sizing.peak_bytes = resident + sizing.lanes * lane_bytes +
+                      sizing.open_shards * sizing.window_bytes + sizing.candidate_bytes;
   return sizing;
 }
 

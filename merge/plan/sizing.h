@@ -14,8 +14,9 @@ struct Sizing {
       0;  // a multiple of kernels::kReduceBlock; never depends on memory or threads
   int lanes = 1;
   int open_shards = 1;
-  int64_t window_bytes = 0;  // finished tiles of one shard that wait to be written
-  int64_t peak_bytes = 0;    // anonymous memory of all that
+  int64_t window_bytes = 0;     // finished tiles of one shard that wait to be written
+  int64_t candidate_bytes = 0;  // elements near a threshold, of all tensors in flight
+  int64_t peak_bytes = 0;       // anonymous memory of all that
 };
 
 // Fits lanes and windows into plan.options.memory_bytes (resolved, with device and threads).

@@ -33,11 +33,11 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
     }
   }
   if (sparsifier == Sparsifier::kMagnitude) {
-    ASSIGN_OR_RETURN(const std::vector<MethodContext::Trim> trims,
+    ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> thresholds,
                      context.SelectLargestDeltas(keep_counts));
     for (int i = 0; i < op.count; ++i) {
-      op.model[i].threshold = trims[i].threshold;
-      op.model[i].ties_end = trims[i].ties_end;
+      op.model[i].threshold = thresholds[i].value;
+      op.model[i].ties_end = thresholds[i].ties_end;
     }
   }
   return absl::OkStatus();
