@@ -2,8 +2,10 @@
 // counter-based generator.
 //
 // A draw is a function of (key, element index) alone, so masks are the same on every device, in any
-// order and tiling. Element i takes word i % 4 of the block with counter i / 4. The key is made
-// from the job's seed and a name.
+// order and tiling. The draw of element i is a word of 32 bits in two halves: half i % 8 (low
+// halves of words first) of the block with counter i / 8 is its upper half, the same of a second
+// stream of blocks its lower one. Whether a draw lies below a bound nearly always shows in the
+// upper half, so one block serves eight elements. The key is made from the job's seed and a name.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +38,10 @@ struct PhiloxConstants {
   static constexpr int kRounds = 10;
 };
 
-// The four words of block `counter` under `key`.
-PEWTER_HD void PhiloxBlock(PhiloxKey key, uint64_t counter, uint32_t words[4]) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0,
-           c3 = 0;
+// The four words of block `counter` of a stream under `key`.
+PEWTER_HD void PhiloxBlock(PhiloxKey key, uint64_t counter, uint32_t stream, uint32_t words[4]) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32),
+           c2 = stream, c3 = 0;
   uint32_t k0 = key.k0, k1 = key.k1;
   for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(PhiloxConstants::kM0) * c0;
@@ -57,10 +59,16 @@ PEWTER_HD void PhiloxBlock(PhiloxKey key, uint64_t counter, uint32_t words[4]) {
   words[3] = c3;
 }
 
+// Half `element` % 8 of a block.
+PEWTER_HD uint32_t PhiloxHalf(const uint32_t words[4], uint64_t element) {
+  return words[element % 8 / 2] >> (element % 2 * 16) & 0xffffu;
+}
+
 PEWTER_HD uint32_t PhiloxWord(PhiloxKey key, uint64_t element) {
-  uint32_t words[4];
-  PhiloxBlock(key, element / 4, words);
-  return words[element % 4];
+  uint32_t upper[4], lower[4];
+  PhiloxBlock(key, element / 8, 0, upper);
+  PhiloxBlock(key, element / 8, 1, lower);
+  return PhiloxHalf(upper, element) << 16 | PhiloxHalf(lower, element);
 }
 
 }  // namespace pewter

@@ -24,22 +24,22 @@ def add_common_arguments(parser):
 
 
 def run(command, **popen):
-    """Runs a command to its end. CPU seconds and peak RSS are the kernel's, of the process and the children it waited for;
-    peak anonymous memory is sampled from /proc every 5 ms, of the process alone."""
+    """Runs a command to its end. CPU seconds are the kernel's, of the process and the children it waited for; peak RSS and
+    peak anonymous memory are read from /proc every 5 ms, of the process alone."""
     command = [str(word) for word in command]
     output = popen.pop("stdout", subprocess.PIPE)
     begin = time.monotonic()
     child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, **popen)
-    peak = {"RssAnon": 0}
+    peak = {"VmHWM": 0, "RssAnon": 0}
     stop = threading.Event()
 
     def sample():
         while not stop.wait(SAMPLE_SECONDS):
             with contextlib.suppress(OSError), open(f"/proc/{child.pid}/status") as status:
                 for line in status:
-                    if line.startswith("RssAnon:"):
-                        peak["RssAnon"] = max(peak["RssAnon"], int(line.split()[1]) * 1024)
-                        break
+                    key, _, value = line.partition(":")
+                    if key in peak:
+                        peak[key] = max(peak[key], int(value.split()[0]) * 1024)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -51,7 +51,7 @@ def run(command, **popen):
     sampler.join()
     if child.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\nexited with {child.returncode}:\n{text[-4000:]}")
-    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_rss_bytes": usage.ru_maxrss * 1024,
+    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_rss_bytes": peak["VmHWM"],
             "peak_anonymous_bytes": peak["RssAnon"], "output": text}
 
 

@@ -4,7 +4,7 @@
     bench/make_models.py M/1.1b; bench/make_models.py M/0.2b --shape 0.2b
     bench/merge.py --models M/1.1b --small M/0.2b --peer VENV
 
-Runs of a pair alternate (A B B A) on the same cached files. Memory is written back before each run, and mergekit's files are made durable
+Runs of a pair alternate (A B B A) on the same files, brought into the page cache before each run. Memory is written back before each run, and mergekit's files are made durable
 afterwards, as Pewter's are, which `wall + fsync` counts. A pair counts only when both programs agree on what the recipe means (see `agreement`).
 Prints tables and writes bench/results/merge-DATE.json. Needs numpy.
 """
@@ -99,10 +99,16 @@ class Bench:
         path.write_text(recipe_text(method, models))
         return path
 
+    @staticmethod
+    def prepare(method, models):
+        """Each run finds nothing left to write and its inputs in the page cache, whatever ran before it."""
+        os.sync()
+        measure.read_all(input_files(method, models))
+
     def pewter(self, method, models, *flags):
         out = self.scratch / "pewter-out"
         measure.remove(out)
-        os.sync()
+        self.prepare(method, models)
         command = [self.args.bin / "pewter", "merge", self.recipe(method, models), out, "--device", "cpu", "--quiet", "--seed", "1", *flags]
         self.commands[" ".join(["pewter", *map(str, flags)])] = " ".join(map(str, command))
         return measure.run(command)
@@ -110,7 +116,7 @@ class Bench:
     def mergekit(self, method, models):
         out = self.scratch / "mergekit-out"
         measure.remove(out)
-        os.sync()
+        self.prepare(method, models)
         command = [self.args.peer / "bin/mergekit-yaml", self.recipe(method, models), out, *self.args.peer_flags.split()]
         self.commands["mergekit"] = " ".join(map(str, command))
         result = measure.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
@@ -120,7 +126,7 @@ class Bench:
     def plain_io(self, method, models):
         out = self.scratch / "plain-out"
         out.unlink(missing_ok=True)
-        os.sync()
+        self.prepare(method, models)
         size = sum(file.stat().st_size for file in (models / "base").glob("*.safetensors"))
         command = [self.args.bin / "pewter_plain_io", out, size, 2, *input_files(method, models)]
         self.commands["plain_io"] = " ".join(map(str, command))
@@ -131,13 +137,10 @@ class Bench:
     def against_mergekit(self):
         report, rows = {}, []
         for method in self.args.methods:
-            measure.read_all(input_files(method, self.args.models))
-            self.pewter(method, self.args.models)
-            self.mergekit(method, self.args.models)
+            measured = measure.pairs(self.args.pairs, lambda: self.pewter(method, self.args.models), lambda: self.mergekit(method, self.args.models))
             check = agreement(method, self.scratch / "pewter-out", self.scratch / "mergekit-out", self.args.models / "base")
             if not check["pass"]:
                 raise RuntimeError(f"{method}: the outputs do not agree, so their times do not compare: {check}")
-            measured = measure.pairs(self.args.pairs, lambda: self.pewter(method, self.args.models), lambda: self.mergekit(method, self.args.models))
             for ours, _ in measured:
                 ours["wall_fsync_s"] = ours["wall_s"]  # pewter has done it
             ours, theirs = [pair[0] for pair in measured], [pair[1] for pair in measured]
@@ -156,9 +159,6 @@ class Bench:
         return report
 
     def against_plain_io(self):
-        files = input_files("linear", self.args.models)
-        measure.read_all(files)
-        self.plain_io("linear", self.args.models)
         measured = measure.pairs(max(3, self.args.pairs), lambda: self.plain_io("linear", self.args.models), lambda: self.pewter("linear", self.args.models))
         ratio = measure.ratio(measured, "wall_s")
         io, ours = [pair[0] for pair in measured], [pair[1] for pair in measured]
@@ -170,7 +170,6 @@ class Bench:
         return {"ratio": ratio, "runs": measure.without_output(measured)}
 
     def hashing(self):
-        measure.read_all(input_files("linear", self.args.models))
         measured = measure.pairs(max(3, self.args.pairs), lambda: self.pewter("linear", self.args.models), lambda: self.pewter("linear", self.args.models, "--no-hash"))
         share = {key: 1 - measure.ratio(measured, key)["median"] for key in ("wall_s", "cpu_s")}
         print(f"\nSHA-256 of the output, linear: {share['wall_s']:.1%} of wall time, {share['cpu_s']:.1%} of CPU time")
@@ -181,7 +180,6 @@ class Bench:
         for method in self.args.methods:
             row = [method]
             for models in filter(None, (self.args.small, self.args.models)):
-                measure.read_all(input_files(method, models))
                 result = self.pewter(method, models, "--memory", self.args.memory)
                 report.setdefault(method, {})[models.name] = result["peak_anonymous_bytes"]
                 row.append(f"{result['peak_anonymous_bytes'] / MIB:.0f}")

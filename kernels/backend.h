@@ -83,7 +83,7 @@ class Backend {
 
   // out[j] = op(in[0][j], in[1][j], ...), where element j of the views has index first + j in the
   // whole tensor. Inputs have one dtype (a floating one), the output any floating one. `out` may be
-  // one of the inputs when the dtypes agree. Random draws are fastest where first % 4 == 0.
+  // one of the inputs when the dtypes agree. Random draws are fastest where first % 8 == 0.
   virtual absl::Status Map(const MapOp& op, absl::Span<const ConstView> in, View out,
                            int64_t first) = 0;
   // Sums of each of the op's terms, accumulated in double: Terms(op) values for each block of

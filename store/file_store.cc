@@ -13,13 +13,12 @@
 #include <cstdio>
 #include <filesystem>
 #include <list>
+#include <mutex>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "store/object_key.h"
@@ -157,7 +156,7 @@ class FileStore::DescriptorCache {
   absl::StatusOr<std::shared_ptr<const Descriptor>> Get(absl::string_view key,
                                                         const std::string& root) {
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard lock(mutex_);
       if (auto found = entries_.find(key); found != entries_.end()) {
         order_.splice(order_.begin(), order_, found->second);
         return found->second->descriptor;
@@ -171,7 +170,7 @@ class FileStore::DescriptorCache {
     if (fstat(opened.get(), &st) != 0) return ErrnoStatus(errno, "open", path);
     if (!S_ISREG(st.st_mode)) return NotRegular(path);
     auto descriptor = std::make_shared<const Descriptor>(std::move(opened));
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (auto found = entries_.find(key); found != entries_.end()) return found->second->descriptor;
     order_.push_front({std::string(key), descriptor});
     entries_[key] = order_.begin();
@@ -183,7 +182,7 @@ class FileStore::DescriptorCache {
   }
 
   void Forget(absl::string_view key) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (auto found = entries_.find(key); found != entries_.end()) {
       order_.erase(found->second);
       entries_.erase(found);
@@ -198,9 +197,9 @@ class FileStore::DescriptorCache {
     std::string key;
     std::shared_ptr<const Descriptor> descriptor;
   };
-  absl::Mutex mutex_;
-  std::list<Entry> order_ ABSL_GUARDED_BY(mutex_);  // most recent first
-  absl::flat_hash_map<std::string, std::list<Entry>::iterator> entries_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;
+  std::list<Entry> order_;  // most recent first; guarded by mutex_
+  absl::flat_hash_map<std::string, std::list<Entry>::iterator> entries_;  // guarded by mutex_
 };
 
 class FileStore::Writer final : public ObjectWriter {

@@ -447,10 +447,10 @@ inline constexpr int kDrawVectors = 2;  // more do not fit in the registers
 #else
 inline constexpr int kDrawVectors = 4;
 #endif
-inline constexpr int kDraws = kDrawVectors * kVectorBytes / 8 * 4;
+inline constexpr int kDraws = kDrawVectors * kVectorBytes / 8 * 8;
 static_assert(kDraws % 32 == 0);
 
-// words: those of elements [4 * block, 4 * block + kDraws) in order. One block a 64-bit lane: the
+// words: those of kDraws / 8 blocks of the first stream in order. One block a 64-bit lane: the
 // halves above the state's 32 bits hold rubbish, which neither a product's low half nor the result
 // sees.
 PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, Words words[2 * kDrawVectors]) {
@@ -493,37 +493,65 @@ PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, Words words[2 * kD
   }
 }
 
-// Bit l says that lane l of `words` is at most `last`.
-PEWTER_INLINE uint32_t BitsAtMost(Words words, uint32_t last) {
-#if defined(__AVX512F__)
-  return _mm512_cmple_epu32_mask(BitCast<__m512i>(words), _mm512_set1_epi32(last));
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(BitCast<__m256>(words <= last));
+// Bit l says that half l of `words`, the low half of a word first, is below `bound`, or equals it.
+template <bool kEqual>
+PEWTER_INLINE uint32_t BitsOfHalves(Words words, uint16_t bound) {
+  using Halves [[maybe_unused]] = Vector<uint16_t, kVectorBytes / 2>;
+#if defined(__AVX512BW__)
+  const __m512i halves = BitCast<__m512i>(words), bounds = _mm512_set1_epi16(bound);
+  return kEqual ? _mm512_cmpeq_epu16_mask(halves, bounds) : _mm512_cmplt_epu16_mask(halves, bounds);
+#else
+  const Halves halves = BitCast<Halves>(words);
+  const auto holds = kEqual ? halves == bound : halves < bound;
+#if defined(__AVX2__)
+  const __m256i both = BitCast<__m256i>(holds);
+  return _mm_movemask_epi8(
+      _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 #elif defined(__x86_64__)
-  return _mm_movemask_ps(BitCast<__m128>(words <= last));
+  return _mm_movemask_epi8(_mm_packs_epi16(BitCast<__m128i>(holds), _mm_setzero_si128()));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < kVectorBytes / 4; ++l) bits |= (words[l] <= last ? 1u : 0u) << l;
+  for (int l = 0; l < kVectorBytes / 2; ++l) bits |= (holds[l] != 0 ? 1u : 0u) << l;
   return bits;
 #endif
+#endif
+}
+
+// Of the draws from `element` on whose upper half equals the bound's, those that are below it.
+__attribute__((noinline)) inline uint32_t BelowByLowerHalf(PhiloxKey key, uint64_t element,
+                                                           uint32_t below, uint32_t equal) {
+  uint32_t bits = 0;
+  for (; equal != 0; equal &= equal - 1) {
+    const int l = __builtin_ctz(equal);
+    if (PhiloxWord(key, element + l) < below) bits |= 1u << l;
+  }
+  return bits;
 }
 
 // Draws for `count` elements from element `first`: bit i % 32 of bits[i / 32] says that the Philox
 // word of element first + i is < below. `bits` has room for kDraws more.
 inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count, uint32_t* bits) {
-  constexpr int kWordLanes = kVectorBytes / 4;
-  const int shift = static_cast<int>(first % 4);
+  constexpr int kHalves = kVectorBytes / 2;
+  const int shift = static_cast<int>(first % 8);
   const int64_t end = count + shift;
-  const uint32_t last = below > 0xffffffffu ? 0xffffffffu : static_cast<uint32_t>(below - 1);
+  const bool all = below > 0xffffffffu;
+  const auto bound = static_cast<uint16_t>(below >> 16);
+  const bool exact = all || (below & 0xffffu) == 0;  // the upper half tells
   for (int64_t at = 0; at < end; at += kDraws) {
+    const uint64_t element = static_cast<uint64_t>(first - shift + at);
     Words words[2 * kDrawVectors];
-    PhiloxWords(key, static_cast<uint64_t>(first + at) / 4, words);
+    PhiloxWords(key, element / 8, words);
     uint64_t packed[(kDraws + 63) / 64] = {};
-    if (below > 0) {
-      PEWTER_UNROLL for (int v = 0; v < 2 * kDrawVectors; ++v) {
-        packed[v * kWordLanes / 64] |= static_cast<uint64_t>(BitsAtMost(words[v], last))
-                                       << (v * kWordLanes % 64);
+    PEWTER_UNROLL for (int v = 0; v < 2 * kDrawVectors; ++v) {
+      uint32_t kept = BitsOfHalves<false>(words[v], bound);
+      if (!exact) {
+        const uint32_t equal = BitsOfHalves<true>(words[v], bound);
+        if (equal != 0) [[unlikely]] {
+          kept |= BelowByLowerHalf(key, element + v * kHalves, static_cast<uint32_t>(below), equal);
+        }
       }
+      if (all) kept = (uint64_t{1} << kHalves) - 1;
+      packed[v * kHalves / 64] |= static_cast<uint64_t>(kept) << (v * kHalves % 64);
     }
     __builtin_memcpy(bits + at / 32, packed, kDraws / 8);
   }

@@ -238,13 +238,17 @@ struct Run {
   }
   __device__ Mask<n> RandomBelow(int, PhiloxKey key, uint64_t below) const {
     Mask<n> r;
-    if (index % 4 == 0) {
+    static_assert(8 % n == 0);
+    if (index % n == 0) {
+      const auto upper_bound = static_cast<uint32_t>(below >> 16);
+      uint32_t words[4];
+      PhiloxBlock(key, static_cast<uint64_t>(index) / 8, 0, words);
 #pragma unroll
-      for (int l = 0; l < n; l += 4) {
-        uint32_t words[4];
-        PhiloxBlock(key, static_cast<uint64_t>(index + l) / 4, words);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) r.lane[l + w] = words[w] < below;
+      for (int l = 0; l < n; ++l) {
+        const uint32_t upper = PhiloxHalf(words, (n == 8 ? 0 : index % 8) + l);
+        r.lane[l] =
+            upper < upper_bound ||
+            (upper == upper_bound && PhiloxWord(key, static_cast<uint64_t>(index + l)) < below);
       }
     } else {
       for (int l = 0; l < n; ++l) {

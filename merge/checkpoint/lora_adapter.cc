@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <list>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -12,7 +13,6 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
-#include "absl/synchronization/mutex.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "kernels/backend.h"
@@ -171,7 +171,7 @@ class LoraAdapter::Factors {
 
   // Marks `product` as the one used last and lets the oldest ones go.
   void Keep(std::shared_ptr<const LowRankProduct> product) {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (!kept_.empty() && kept_.front() == product) return;
     const auto found = std::find(kept_.begin(), kept_.end(), product);
     if (found != kept_.end()) {
@@ -206,9 +206,9 @@ class LoraAdapter::Factors {
   const std::shared_ptr<ObjectStore> store_;
   const std::string key_;
   const std::string name_;
-  absl::Mutex mutex_;
-  std::list<std::shared_ptr<const LowRankProduct>> kept_ ABSL_GUARDED_BY(mutex_);  // newest first
-  int64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::mutex mutex_;
+  std::list<std::shared_ptr<const LowRankProduct>> kept_;  // newest first; guarded by mutex_
+  int64_t bytes_ = 0;  // guarded by mutex_
 };
 
 class LoraAdapter::View final : public TensorSource {
@@ -254,7 +254,7 @@ class LoraAdapter::View final : public TensorSource {
   static constexpr int64_t kRun = int64_t{128} << 10;
 
   absl::StatusOr<std::shared_ptr<const LowRankProduct>> Product(ReadObserver* observer) const {
-    absl::MutexLock lock(&mutex_);  // also makes concurrent readers of a tensor wait for one load
+    std::lock_guard lock(mutex_);  // also makes concurrent readers of a tensor wait for one load
     std::shared_ptr<const LowRankProduct> product = product_.lock();
     if (product == nullptr) {
       ASSIGN_OR_RETURN(product, factors_->Load(low_rank_, file_, observer));
@@ -295,8 +295,8 @@ class LoraAdapter::View final : public TensorSource {
   const LowRank low_rank_;
   const std::shared_ptr<Factors> factors_;
   const int file_;
-  mutable absl::Mutex mutex_;
-  mutable std::weak_ptr<const LowRankProduct> product_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  mutable std::weak_ptr<const LowRankProduct> product_;  // guarded by mutex_
 };
 
 absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(

@@ -321,6 +321,31 @@ TEST_F(EngineTest, ReportsValuesThatAreNotFinite) {
   EXPECT_TRUE(std::isnan(ReadTensors(folder_ / "out").at("big").values[123456]));
 }
 
+// With more NaN than are kept the threshold is NaN: nothing of that delta is.
+TEST_F(EngineTest, TrimsWhatIsNotFinite) {
+  std::vector<TinyTensor> tensors;
+  for (const auto& [name, tensor] : ReadTensors(folder_ / "m1.safetensors"))
+    tensors.push_back(tensor);
+  for (TinyTensor& tensor : tensors) {
+    if (tensor.name == "bias") {
+      std::fill_n(tensor.values.begin(), 12, std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+  WriteSafetensors(folder_ / "m1.safetensors", tensors);
+  Options allow;
+  allow.run.allow_nonfinite = true;
+  const auto merged = Merge(Recipe("ties", "weight: 1.0, density: 0.5", true), "out", allow);
+  ASSERT_TRUE(merged.ok()) << merged.status();
+  const auto base = ReadTensors(folder_ / "m0.safetensors").at("bias").values;
+  const auto other = ReadTensors(folder_ / "m2.safetensors").at("bias").values;
+  const auto out = ReadTensors(folder_ / "out").at("bias").values;
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (out[i] == base[i]) continue;
+    EXPECT_FLOAT_EQ(out[i], other[i]) << i;
+  }
+  EXPECT_NE(out, base);
+}
+
 TEST_F(EngineTest, AnInputThatChangesAfterPlanningIsAnError) {
   const auto recipe = ParseRecipe(Recipe("linear", "weight: 0.5", false));
   ASSERT_TRUE(recipe.ok());
