@@ -16,7 +16,7 @@ namespace pewter::kernels::cuda {
 // Raise the number whenever a struct or the meaning of a function here, or an op's meaning,
 // changes; a change of an op's layout changes the value by itself.
 inline constexpr uint64_t kPluginAbi =
-    (uint64_t{2} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
+    (uint64_t{3} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
 
 struct Stream;
 

@@ -37,6 +37,38 @@ struct DotNorms {
   }
 };
 
+// Inner products of all pairs of models, i >= j: those of the models, or of their deltas from the
+// base, which is then x[0]. One term a pair.
+struct Gram {
+  static constexpr int kTerms = 1;
+  int count = 0;  // models, the base excluded
+  bool from_base = false;
+
+  struct Pair {
+    int i, j;
+  };
+  PEWTER_HD Pair PairOf(int g) const {
+    int i = 0;
+    while (g > i) g -= ++i;
+    return {i, g};
+  }
+
+  PEWTER_HD int inputs() const { return count + (from_base ? 1 : 0); }
+  PEWTER_HD int groups() const { return count * (count + 1) / 2; }
+  PEWTER_HD int first(int g) const { return PairOf(g).i + (from_base ? 1 : 0); }
+  PEWTER_HD int second(int g) const { return PairOf(g).j + (from_base ? 1 : 0); }
+
+  template <class X, class V>
+  PEWTER_HD void operator()(const X& x, int, V a, V b, V* terms) const {
+    if (from_base) {
+      const V base = x[0];
+      a = a - base;
+      b = b - base;
+    }
+    terms[0] = a * b;
+  }
+};
+
 // For each model: sum |delta|, sum |kept delta| (scale not applied): the L1-preserving rescale of
 // mergekit. Terms 2i and 2i + 1 belong to model i.
 struct DeltaAbsSums {

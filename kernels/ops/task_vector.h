@@ -21,6 +21,7 @@ enum class Keep : int {
   kAll,
   kNone,
   kMagnitude,  // |delta| > threshold, and of those equal to it the ones with index < ties_end
+  kBand,       // as kMagnitude, and not |delta| > ceiling, nor equal to it with index < ceiling_end
   kRandom,     // Philox word of (key, index) < draw_below
 };
 
@@ -31,6 +32,8 @@ struct TaskVectorSum {
     Keep keep = Keep::kAll;
     double threshold = 0;
     int64_t ties_end = 0;
+    double ceiling = 0;
+    int64_t ceiling_end = 0;
     PhiloxKey key;
     uint64_t draw_below = 0;  // density * 2^32
   };
@@ -47,7 +50,6 @@ struct TaskVectorSum {
   template <class X>
   PEWTER_HD typename X::Value Kept(const X& x, int i, typename X::Value delta) const {
     using V = typename X::Value;
-    using T = typename V::Scalar;
     const Model& m = model[i];
     const V zero = V::Broadcast(0);
     switch (m.keep) {
@@ -55,12 +57,12 @@ struct TaskVectorSum {
         return delta;
       case Keep::kNone:
         return zero;
-      case Keep::kMagnitude: {
+      case Keep::kMagnitude:
+        return Select(Largest(x, Abs(delta), m.threshold, m.ties_end), delta, zero);
+      case Keep::kBand: {
         const V magnitude = Abs(delta);
-        const T threshold = static_cast<T>(m.threshold);
-        return Select(
-            (magnitude > threshold) | ((magnitude == threshold) & x.IndexBelow(m.ties_end)), delta,
-            zero);
+        const V kept = Select(Largest(x, magnitude, m.threshold, m.ties_end), delta, zero);
+        return Select(Largest(x, magnitude, m.ceiling, m.ceiling_end), zero, kept);
       }
       case Keep::kRandom:
         return Select(x.RandomBelow(i, m.key, m.draw_below), delta, zero);
@@ -79,6 +81,14 @@ struct TaskVectorSum {
   }
 
  private:
+  // Which magnitudes are above a threshold, or equal to it and early enough.
+  template <class X, class V>
+  static PEWTER_HD auto Largest(const X& x, const V& magnitude, double threshold,
+                                int64_t ties_end) {
+    const auto value = static_cast<typename V::Scalar>(threshold);
+    return (magnitude > value) | ((magnitude == value) & x.IndexBelow(ties_end));
+  }
+
   template <class X>
   PEWTER_HD typename X::Value Weighted(const X& x, int i, typename X::Value base) const {
     using T = typename X::Value::Scalar;

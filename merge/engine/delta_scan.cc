@@ -1,5 +1,6 @@
 #include "merge/engine/delta_scan.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <utility>
@@ -18,9 +19,13 @@ using kernels::SiftCounts;
 
 }  // namespace
 
-std::vector<int> DeltaScan::Operands(Tensors tensors) const {
-  std::vector<int> operands = {MethodContext::kBase};
-  for (int tensor : tensors) operands.push_back(inputs_[tensor]);
+DeltaScan::Operands DeltaScan::OperandsOf(Tensors tensors) const {
+  Operands operands = {.read = {MethodContext::kBase}, .place = {}};
+  for (int tensor : tensors) {
+    const auto found = std::find(operands.read.begin(), operands.read.end(), inputs_[tensor]);
+    operands.place.push_back(found - operands.read.begin());
+    if (found == operands.read.end()) operands.read.push_back(inputs_[tensor]);
+  }
   return operands;
 }
 
@@ -58,8 +63,9 @@ bool DeltaScan::Reserve(int64_t candidates) {
 
 absl::Status DeltaScan::Sift(Tensors tensors, absl::Span<const kernels::SiftWindow> windows,
                              int64_t limit, absl::Span<kernels::Sifted> sifted) {
+  const Operands operands = OperandsOf(tensors);
   std::vector<int64_t> found(tensors.size());
-  const int candidates_slot = static_cast<int>(tensors.size()) + 1;
+  const int candidates_slot = static_cast<int>(operands.read.size());
   const auto sift = [&](const TensorRun::Tile& tile,
                         absl::Span<const ConstView> views) -> absl::Status {
     ASSIGN_OR_RETURN(
@@ -71,7 +77,7 @@ absl::Status DeltaScan::Sift(Tensors tensors, absl::Span<const kernels::SiftWind
         std::lock_guard lock(mutex_);
         if (!sifted[i].complete) continue;
       }
-      const std::array<ConstView, 2> pair = {views[0], views[i + 1]};
+      const std::array<ConstView, 2> pair = {views[0], views[operands.place[i]]};
       ASSIGN_OR_RETURN(const SiftCounts counts,
                        tile.lane.backend().Sift(DeltaMagnitude{}, pair, windows[i], candidates));
       std::vector<SiftCandidate> kept(candidates.begin(), candidates.begin() + counts.candidates);
@@ -87,11 +93,12 @@ absl::Status DeltaScan::Sift(Tensors tensors, absl::Span<const kernels::SiftWind
     }
     return absl::OkStatus();
   };
-  return run_.Pass(Operands(tensors), /*writes_output=*/false, sift);
+  return run_.Pass(operands.read, /*writes_output=*/false, sift);
 }
 
 absl::Status DeltaScan::Histogram(Tensors tensors, absl::Span<const kernels::RadixLevel> levels,
                                   absl::Span<std::vector<uint64_t>> bins) {
+  const Operands operands = OperandsOf(tensors);
   // Each lane counts for itself; the sums do not depend on who counted.
   const size_t lanes = run_.environment_.scheduler.lanes();
   std::vector<std::vector<uint64_t>> counted(lanes * tensors.size());
@@ -100,13 +107,13 @@ absl::Status DeltaScan::Histogram(Tensors tensors, absl::Span<const kernels::Rad
     for (size_t i = 0; i < tensors.size(); ++i) {
       std::vector<uint64_t>& mine = counted[tile.lane.index() * tensors.size() + i];
       mine.resize(kRadixBins);
-      const std::array<ConstView, 2> pair = {views[0], views[i + 1]};
+      const std::array<ConstView, 2> pair = {views[0], views[operands.place[i]]};
       RETURN_IF_ERROR(
           tile.lane.backend().Histogram(DeltaMagnitude{}, pair, levels[i], absl::MakeSpan(mine)));
     }
     return absl::OkStatus();
   };
-  RETURN_IF_ERROR(run_.Pass(Operands(tensors), /*writes_output=*/false, count));
+  RETURN_IF_ERROR(run_.Pass(operands.read, /*writes_output=*/false, count));
   for (size_t at = 0; at < counted.size(); ++at) {
     std::vector<uint64_t>& total = bins[at % tensors.size()];
     for (size_t bin = 0; bin < counted[at].size(); ++bin) total[bin] += counted[at][bin];
@@ -118,8 +125,12 @@ absl::StatusOr<std::vector<double>> DeltaScan::CountEqual(Tensors tensors,
                                                           absl::Span<const double> values) {
   kernels::CountEqualMagnitude count;
   count.task.count = static_cast<int>(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) count.task.model[i].threshold = values[i];
-  return run_.ReduceBlocks(count, Operands(tensors));
+  std::vector<int> operands = {MethodContext::kBase};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    count.task.model[i].threshold = values[i];
+    operands.push_back(inputs_[tensors[i]]);
+  }
+  return run_.ReduceBlocks(count, operands);
 }
 
 template <class T>

@@ -12,7 +12,7 @@ namespace pewter {
 
 class DeltaScan final : public kernels::MagnitudeScan {
  public:
-  // Tensor i of the scan is input inputs[i] of the run.
+  // Tensor i of the scan is input inputs[i] of the run; an input may be there more than once.
   DeltaScan(TensorRun& run, std::vector<int> inputs) : run_(run), inputs_(std::move(inputs)) {}
   ~DeltaScan() override { run_.environment_.candidate_bytes += reserved_; }
 
@@ -30,8 +30,13 @@ class DeltaScan final : public kernels::MagnitudeScan {
                                     int64_t nth) override;
 
  private:
-  // The base and the inputs of these tensors.
-  std::vector<int> Operands(Tensors tensors) const;
+  // What a pass over some tensors reads: the base and each input once. Tensor i is that at
+  // place[i].
+  struct Operands {
+    std::vector<int> read;
+    std::vector<size_t> place;
+  };
+  Operands OperandsOf(Tensors tensors) const;
   // Elements of an operand in the compute type, as the kernels widen them.
   template <class T>
   absl::StatusOr<std::vector<T>> Read(int operand, int64_t first, int64_t count) const;

@@ -18,6 +18,16 @@ DType WorkDType(const PlanTensor& tensor) {
   return any.source->dtype();
 }
 
+// Elements [at, at + count) of each view.
+std::vector<ConstView> Parts(absl::Span<const ConstView> views, int64_t at, int64_t count) {
+  std::vector<ConstView> parts(views.begin(), views.end());
+  for (ConstView& part : parts) {
+    part.data = static_cast<const char*>(part.data) + at * ByteWidth(part.dtype);
+    part.size = count;
+  }
+  return parts;
+}
+
 }  // namespace
 
 TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& environment)
@@ -52,10 +62,13 @@ const TensorSource& TensorRun::source(int operand) const {
   return operand == kBase ? *tensor_.base->source : *tensor_.inputs[operand].source;
 }
 
-absl::Status TensorRun::ForEachTile(Operands operands, bool writes_output,
+absl::Status TensorRun::ForEachTile(Operands operands, bool writes_output, Cut cut,
                                     absl::FunctionRef<absl::Status(const Tile& tile)> fn) {
   const int64_t elements = tensor_.shape.elements();
-  const int64_t step = environment_.tile_elements;
+  const int64_t row = row_elements();
+  const int64_t step = cut == Cut::kTiles
+                           ? environment_.tile_elements
+                           : std::max<int64_t>(1, environment_.tile_elements / row) * row;
   const int64_t width = ByteWidth(tensor_.dtype);
   const auto run_tile = [&](Lane& lane, int64_t index) {
     return fn({lane, index * step, std::min(step, elements - index * step)});
@@ -70,8 +83,8 @@ absl::Status TensorRun::ForEachTile(Operands operands, bool writes_output,
   return absl::OkStatus();
 }
 
-absl::Status TensorRun::Pass(Operands operands, bool writes_output, PassFn fn) {
-  return ForEachTile(operands, writes_output, [&](const Tile& tile) -> absl::Status {
+absl::Status TensorRun::Pass(Operands operands, bool writes_output, PassFn fn, Cut cut) {
+  return ForEachTile(operands, writes_output, cut, [&](const Tile& tile) -> absl::Status {
     std::vector<ConstView> views(operands.size());
     for (size_t slot = 0; slot < operands.size(); ++slot) {
       ASSIGN_OR_RETURN(views[slot], Load(tile, operands[slot], static_cast<int>(slot)));
@@ -148,21 +161,15 @@ absl::StatusOr<std::vector<double>> TensorRun::Reduce(const kernels::ReduceOp& o
 }
 
 absl::StatusOr<std::vector<kernels::Threshold>> TensorRun::SelectLargestDeltas(
-    absl::Span<const int64_t> ks) {
+    absl::Span<const DeltaRank> ranks) {
   std::vector<int> inputs;
-  std::vector<int64_t> wanted;
-  for (size_t i = 0; i < ks.size(); ++i) {
-    if (ks[i] == 0) continue;
-    inputs.push_back(static_cast<int>(i));
-    wanted.push_back(ks[i]);
+  std::vector<int64_t> ks;
+  for (const DeltaRank& rank : ranks) {
+    inputs.push_back(rank.input);
+    ks.push_back(rank.k);
   }
-  std::vector<kernels::Threshold> thresholds(ks.size());
-  if (inputs.empty() || tensor_.shape.elements() == 0) return thresholds;
-  DeltaScan scan(*this, inputs);
-  ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> found,
-                   kernels::SelectThresholds(scan, wanted));
-  for (size_t i = 0; i < inputs.size(); ++i) thresholds[inputs[i]] = found[i];
-  return thresholds;
+  DeltaScan scan(*this, std::move(inputs));
+  return kernels::SelectThresholds(scan, ks);
 }
 
 absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) {
@@ -178,43 +185,85 @@ absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) 
   return absl::OkStatus();
 }
 
-absl::Status TensorRun::Map(const kernels::MapOp& op, Operands operands) {
-  // The op computes in F32 (F64); rounding to result_dtype first is only needed when that is
-  // narrower.
+absl::Status TensorRun::MapPass(Operands operands, Cut cut, MapFn fn) {
+  // Ops compute in F32 (F64); rounding to result_dtype first is only needed when that is narrower.
   const DType compute = f64() ? DType::kF64 : DType::kF32;
   const bool direct =
       tensor_.result_dtype == tensor_.dtype ||
       (tensor_.result_dtype == compute && ByteWidth(tensor_.dtype) <= ByteWidth(compute));
   const DType stored = direct ? tensor_.dtype : tensor_.result_dtype;
   const int64_t width = ByteWidth(stored);
-  return Pass(operands, /*writes_output=*/true,
-              [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
-                kernels::Backend& backend = tile.lane.backend();
-                const int64_t bytes = tile.count * width;
-                ASSIGN_OR_RETURN(PooledBuffer result, environment_.buffers.Acquire(bytes));
-                View out{result.data(), stored, tile.count};
-                if (!backend.host_memory()) {
-                  ASSIGN_OR_RETURN(out.data,
-                                   tile.lane.Device(static_cast<int>(views.size()), bytes));
-                }
-                RETURN_IF_ERROR(backend.Map(op, views, out, tile.first));
-                if (!backend.host_memory()) {
-                  RETURN_IF_ERROR(backend.Download(out.data, result.data(), bytes));
-                  RETURN_IF_ERROR(backend.Synchronize());
-                }
-                return Emit(tile, std::move(result), stored);
-              });
+  const auto map = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
+    kernels::Backend& backend = tile.lane.backend();
+    const int64_t bytes = tile.count * width;
+    ASSIGN_OR_RETURN(PooledBuffer result, environment_.buffers.Acquire(bytes));
+    View out{result.data(), stored, tile.count};
+    if (!backend.host_memory()) {
+      ASSIGN_OR_RETURN(out.data, tile.lane.Device(static_cast<int>(views.size()), bytes));
+    }
+    RETURN_IF_ERROR(fn(tile, views, out));
+    if (!backend.host_memory()) {
+      RETURN_IF_ERROR(backend.Download(out.data, result.data(), bytes));
+      RETURN_IF_ERROR(backend.Synchronize());
+    }
+    return Emit(tile, std::move(result), stored);
+  };
+  return Pass(operands, /*writes_output=*/true, map, cut);
+}
+
+absl::Status TensorRun::Map(const kernels::MapOp& op, Operands operands) {
+  return MapPass(operands, Cut::kTiles,
+                 [&](const Tile& tile, absl::Span<const ConstView> views, View out) {
+                   return tile.lane.backend().Map(op, views, out, tile.first);
+                 });
+}
+
+absl::StatusOr<std::vector<double>> TensorRun::ReduceRows(const kernels::ReduceOp& op,
+                                                          Operands operands) {
+  const int64_t row = row_elements();
+  const int64_t terms = kernels::Terms(op);
+  std::vector<double> sums(row == 0 ? 0 : tensor_.shape.elements() / row * terms);
+  const auto reduce = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
+    for (int64_t at = 0; at < tile.count; at += row) {
+      // Blocks are counted from the start of the row.
+      ASSIGN_OR_RETURN(const std::vector<double> blocks,
+                       tile.lane.backend().Reduce(op, Parts(views, at, row), 0));
+      double* const of_row = sums.data() + (tile.first + at) / row * terms;
+      for (size_t i = 0; i < blocks.size(); ++i) of_row[i % terms] += blocks[i];
+    }
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false, reduce, Cut::kRows));
+  return sums;
+}
+
+absl::Status TensorRun::MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
+                                Operands operands) {
+  const int64_t row = row_elements();
+  return MapPass(
+      operands, Cut::kRows,
+      [&](const Tile& tile, absl::Span<const ConstView> views, View out) -> absl::Status {
+        for (int64_t at = 0; at < tile.count; at += row) {
+          View part = out;
+          part.data = static_cast<char*>(out.data) + at * ByteWidth(out.dtype);
+          part.size = row;
+          RETURN_IF_ERROR(tile.lane.backend().Map(op((tile.first + at) / row),
+                                                  Parts(views, at, row), part, tile.first + at));
+        }
+        return absl::OkStatus();
+      });
 }
 
 absl::Status TensorRun::Copy(int input) {
   // Straight from the source into the output's buffer: no kernel, no device.
   const DType dtype = source(input).dtype();
-  return ForEachTile({&input, 1}, /*writes_output=*/true, [&](const Tile& tile) -> absl::Status {
-    ASSIGN_OR_RETURN(PooledBuffer result,
-                     environment_.buffers.Acquire(tile.count * ByteWidth(dtype)));
-    RETURN_IF_ERROR(ReadAudited(input, tile.first, tile.count, result.data()));
-    return Emit(tile, std::move(result), dtype);
-  });
+  return ForEachTile(
+      {&input, 1}, /*writes_output=*/true, Cut::kTiles, [&](const Tile& tile) -> absl::Status {
+        ASSIGN_OR_RETURN(PooledBuffer result,
+                         environment_.buffers.Acquire(tile.count * ByteWidth(dtype)));
+        RETURN_IF_ERROR(ReadAudited(input, tile.first, tile.count, result.data()));
+        return Emit(tile, std::move(result), dtype);
+      });
 }
 
 }  // namespace pewter

@@ -57,8 +57,12 @@ class TensorRun : public MethodContext {
   absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
                                                    Operands operands) override;
   absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
-      absl::Span<const int64_t> ks) override;
+      absl::Span<const DeltaRank> ranks) override;
   absl::Status Map(const kernels::MapOp& op, Operands operands) override;
+  absl::StatusOr<std::vector<double>> ReduceRows(const kernels::ReduceOp& op,
+                                                 Operands operands) override;
+  absl::Status MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
+                       Operands operands) override;
   absl::Status Copy(int input) override;
 
  private:
@@ -75,10 +79,16 @@ class TensorRun : public MethodContext {
 
   const TensorSource& source(int operand) const;
   bool audited(int operand) const { return audited_[operand + 1]; }
-  absl::Status ForEachTile(Operands operands, bool writes_output,
+  // How a pass cuts the tensor.
+  enum class Cut { kTiles, kRows };
+  absl::Status ForEachTile(Operands operands, bool writes_output, Cut cut,
                            absl::FunctionRef<absl::Status(const Tile& tile)> fn);
   // Runs `fn` on every tile with the operands' elements in the backend's memory.
-  absl::Status Pass(Operands operands, bool writes_output, PassFn fn);
+  absl::Status Pass(Operands operands, bool writes_output, PassFn fn, Cut cut = Cut::kTiles);
+  // Runs `fn` on every tile with a place for the result as well, and emits that.
+  using MapFn = absl::FunctionRef<absl::Status(
+      const Tile& tile, absl::Span<const kernels::ConstView> views, kernels::View out)>;
+  absl::Status MapPass(Operands operands, Cut cut, MapFn fn);
   // Reads an operand's elements to `host`; the first time, records what was read and checks that it
   // is finite.
   absl::Status ReadAudited(int operand, int64_t first, int64_t count, void* host);

@@ -14,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -78,6 +79,7 @@ struct MergeMethod {
   // the tensor's size).
   int64_t whole_tensor_bytes_per_element = 0;
   bool selects = false;  // calls SelectLargestDeltas
+  bool by_rows = false;  // calls ReduceRows or MapRows
   absl::Status (*run)(MethodContext&) = nullptr;
 };
 
@@ -112,13 +114,27 @@ class MethodContext {
   // Like Reduce but one row of terms for each block of kernels::kReduceBlock elements.
   virtual absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
                                                            Operands operands) = 0;
-  // For each i: the ks[i]-th largest |input i - base| (0: skip), found with shared passes, and
-  // the index below which elements equal to it are kept so that exactly ks[i] are (lowest index
-  // first). Methods that call it say `selects`.
+  // For each: the threshold of the k largest |input - base|, 1 <= k <= elements, found with shared
+  // passes. Methods that call it say `selects`.
+  struct DeltaRank {
+    int input;
+    int64_t k;
+  };
   virtual absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
-      absl::Span<const int64_t> ks) = 0;
+      absl::Span<const DeltaRank> ranks) = 0;
   // The last pass: writes the output.
   virtual absl::Status Map(const kernels::MapOp& op, Operands operands) = 0;
+
+  // The same by rows: runs along the last axis; a vector is one row. Methods that call these say
+  // `by_rows`.
+  int64_t row_elements() const;
+  // One row of terms for each row of the tensor.
+  virtual absl::StatusOr<std::vector<double>> ReduceRows(const kernels::ReduceOp& op,
+                                                         Operands operands) = 0;
+  // `op` gives the op of a row; called from several threads.
+  virtual absl::Status MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
+                               Operands operands) = 0;
+
   // The output is an input, converted to the output's dtype; bytes are copied when dtypes agree.
   virtual absl::Status Copy(int input) = 0;
 

@@ -574,19 +574,19 @@ class Planner {
 
     // An optional tensor that not every model has.
     if (operands.size() < inputs.size()) {
-      const int count = static_cast<int>(tensor.inputs.size());
+      const int least = method_->min_inputs + (slice.base >= 0 ? 1 : 0);
       if (operands.size() == 1 && (method_->single_input_passes || tensor.base)) {
         PassThrough(tensor);
+      } else if (static_cast<int>(operands.size()) < least) {
+        plan_.warnings.push_back(
+            absl::StrCat("tensor ", output.name, " is left out: ", operands.size(), " of ",
+                         inputs.size(), " models have it, too few for ", method_->name));
+        return absl::OkStatus();
       } else if (base_missing) {
         return absl::FailedPreconditionError(
             absl::StrCat("tensor ", output.name, " is in some models and not in the base model ",
                          plan_.models[slice.sources[slice.base].model].ref, ", which ",
                          method_->name, " needs"));
-      } else if (count < method_->min_inputs) {
-        plan_.warnings.push_back(
-            absl::StrCat("tensor ", output.name, " is left out: ", operands.size(), " of ",
-                         inputs.size(), " models have it, too few for ", method_->name));
-        return absl::OkStatus();
       }
       plan_.warnings.push_back(absl::StrCat("tensor ", output.name, " is in ", operands.size(),
                                             " of ", inputs.size(),

@@ -30,7 +30,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
   Sizing sizing{.tile_elements = device.cuda ? kCudaTileElements : kCpuTileElements};
 
-  int64_t most_operands = 1, widest = 1, resident = 0, candidates = 0;
+  int64_t most_operands = 1, widest = 1, resident = 0, candidates = 0, longest_row = 0;
   for (const PlanTensor& tensor : plan.tensors) {
     const auto see = [&](const PlanInput& input) {
       widest = std::max(widest, ByteWidth(input.source->dtype()));
@@ -38,6 +38,9 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     };
     std::for_each(tensor.inputs.begin(), tensor.inputs.end(), see);
     if (tensor.base) see(*tensor.base);
+    if (tensor.method != nullptr && tensor.method->by_rows && tensor.shape.rank() > 0) {
+      longest_row = std::max(longest_row, tensor.shape[tensor.shape.rank() - 1]);
+    }
     widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
     most_operands = std::max<int64_t>(
         most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
@@ -58,7 +61,8 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     }
   }
 
-  const int64_t tile_bytes = sizing.tile_elements * widest;
+  // Tiles of rows hold whole ones.
+  const int64_t tile_bytes = std::max(sizing.tile_elements, longest_row) * widest;
   // A tile of each operand and of the result, and to select: a tile's candidates, and a histogram
   // of each operand.
   int64_t lane_bytes = (most_operands + 1) * tile_bytes;

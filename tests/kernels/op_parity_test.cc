@@ -92,16 +92,24 @@ std::vector<MapOp> SampleMapOps() {
           model.weight = i == 3 ? -0.4 : 0.5 + 0.1 * i;
           model.scale = 1 + 0.05 * i;
           model.keep = count == 1 ? Keep::kRandom
-                                  : std::vector{Keep::kMagnitude, Keep::kRandom, Keep::kAll,
+                                  : std::vector{Keep::kMagnitude, Keep::kRandom, Keep::kBand,
                                                 Keep::kNone, Keep::kMagnitude}[i];
           model.threshold = i == 4 ? 0 : 0.0625;
           model.ties_end = 70;
+          model.ceiling = 0.25;
+          model.ceiling_end = 50;
           model.key = MakePhiloxKey(7, "t#" + std::to_string(i));
           model.draw_below = i == 1 ? (uint64_t{1} << 32) / 3 : uint64_t{3} << 30;
         }
         ops.push_back(op);
       }
     }
+  }
+  for (double t : {0.05, 0.0, -1.0}) ops.push_back(NearSwap{.t = t});
+  for (int count : {1, 2, 5}) {
+    OverlapMean op{.count = count, .epsilon = 0.0625};
+    for (int i = 0; i < count; ++i) op.unique_scale[i] = 1 + 0.07 * i;
+    ops.push_back(op);
   }
   return ops;
 }
@@ -289,7 +297,12 @@ std::vector<ReduceOp> SampleReduceOps() {
   count.task.count = 2;
   count.task.model[0].threshold = 0;
   count.task.model[1].threshold = 0.0625;
-  return {DotNorms{}, sums, count};
+  return {DotNorms{},
+          sums,
+          count,
+          Gram{.count = 3},
+          Gram{.count = 2, .from_base = true},
+          OverlapCounts{{.count = 3, .epsilon = 0.0625}}};
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // (sign, exponent, fraction; nearest representable value by division), ops element by element.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -104,10 +105,14 @@ T KeptDelta(const TaskVectorSum::Model& model, T base, T x, int64_t index) {
       return delta;
     case Keep::kNone:
       return 0;
-    case Keep::kMagnitude: {
-      const T threshold = static_cast<T>(model.threshold);
-      const bool kept =
-          std::abs(delta) > threshold || (std::abs(delta) == threshold && index < model.ties_end);
+    case Keep::kMagnitude:
+    case Keep::kBand: {
+      const auto largest = [&](double threshold, int64_t ties_end) {
+        const T value = static_cast<T>(threshold);
+        return std::abs(delta) > value || (std::abs(delta) == value && index < ties_end);
+      };
+      const bool kept = largest(model.threshold, model.ties_end) &&
+                        !(model.keep == Keep::kBand && largest(model.ceiling, model.ceiling_end));
       return kept ? delta : 0;
     }
     case Keep::kRandom:
@@ -152,6 +157,56 @@ T Evaluate(const TaskVectorSum& op, const std::vector<T>& x, int64_t index) {
   return x[0] + mixed * static_cast<T>(op.lambda);
 }
 
+template <class T>
+T Evaluate(const NearSwap& op, const std::vector<T>& x, int64_t) {
+  const T distance = std::max(std::abs(x[1] - x[0]), static_cast<T>(1e-6));
+  const T w = std::clamp(static_cast<T>(op.t) / distance, T{0}, T{1});
+  const T swapped = w * x[1], kept = (1 - w) * x[0];
+  return swapped + kept;
+}
+
+template <class T>
+std::vector<bool> Active(const OverlapMean& op, const std::vector<T>& x) {
+  std::vector<bool> active;
+  for (int i = 0; i < op.count; ++i) {
+    active.push_back(std::abs(x[1 + i] - x[0]) > static_cast<T>(op.epsilon));
+  }
+  return active;
+}
+
+template <class T>
+T Evaluate(const OverlapMean& op, const std::vector<T>& x, int64_t) {
+  const std::vector<bool> active = Active(op, x);
+  const auto count = std::count(active.begin(), active.end(), true);
+  T sum = 0;
+  for (int i = 0; i < op.count; ++i) {
+    const T delta = x[1 + i] - x[0];
+    if (active[i]) sum += count == 1 ? delta * static_cast<T>(op.unique_scale[i]) : delta;
+  }
+  return x[0] + (count > 1 ? sum / static_cast<T>(count) : sum);
+}
+
+template <class T>
+std::vector<T> EvaluateTerms(const Gram& op, const std::vector<T>& x, int64_t) {
+  std::vector<T> terms;
+  for (int i = 0; i < op.count; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      terms.push_back(op.from_base ? (x[1 + i] - x[0]) * (x[1 + j] - x[0]) : x[i] * x[j]);
+    }
+  }
+  return terms;
+}
+template <class T>
+std::vector<T> EvaluateTerms(const OverlapCounts& op, const std::vector<T>& x, int64_t) {
+  const std::vector<bool> active = Active(op.task, x);
+  const auto count = std::count(active.begin(), active.end(), true);
+  std::vector<T> terms;
+  for (bool is : active) {
+    terms.push_back(is && count > 1 ? 1 : 0);
+    terms.push_back(is && count == 1 ? 1 : 0);
+  }
+  return terms;
+}
 template <class T>
 std::vector<T> EvaluateTerms(const DotNorms&, const std::vector<T>& x, int64_t) {
   return {x[0] * x[0], x[1] * x[1], x[0] * x[1]};

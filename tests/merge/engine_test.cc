@@ -129,13 +129,50 @@ TEST_P(EveryMethodTest, SameBytesForAnyThreadsMemoryAndShards) {
 
 INSTANTIATE_TEST_SUITE_P(
     Methods, EveryMethodTest,
-    ::testing::Values(MethodCase{"linear", "weight: 0.3", false},
-                      MethodCase{"passthrough", "scale: 0.5", false}, MethodCase{"slerp", "", true},
-                      MethodCase{"task_arithmetic", "weight: 0.7", true},
-                      MethodCase{"ties", "weight: 0.7, density: 0.4", true},
-                      MethodCase{"dare_linear", "weight: 0.7, density: 0.4", true},
-                      MethodCase{"dare_ties", "weight: 0.7, density: 0.4", true}),
+    ::testing::Values(
+        MethodCase{"linear", "weight: 0.3", false}, MethodCase{"passthrough", "scale: 0.5", false},
+        MethodCase{"slerp", "", true}, MethodCase{"task_arithmetic", "weight: 0.7", true},
+        MethodCase{"ties", "weight: 0.7, density: 0.4", true},
+        MethodCase{"dare_linear", "weight: 0.7, density: 0.4", true},
+        MethodCase{"dare_ties", "weight: 0.7, density: 0.4", true},
+        MethodCase{"breadcrumbs", "weight: 0.7, density: 0.4, gamma: 0.1", true},
+        MethodCase{"breadcrumbs_ties", "weight: 0.7, density: 0.9, gamma: 0.3", true},
+        MethodCase{"karcher", "", false}, MethodCase{"multislerp", "weight: 0.7", true},
+        MethodCase{"model_stock", "filter_wise: true", true},
+        MethodCase{"ram", "epsilon: 0.01", true}, MethodCase{"ramplus_tl", "epsilon: 0.01", true}),
     [](const auto& info) { return info.param.method; });
+
+// The largest tenth is dropped, the next four tenths are kept: exactly, ties with the lowest index
+// first.
+TEST_F(EngineTest, BreadcrumbsKeepsExactlyTheBand) {
+  ASSERT_TRUE(
+      Merge(Recipe("breadcrumbs", "weight: 1.0, density: 0.4, gamma: 0.1", true), "out").ok());
+  const auto base = ReadTensors(folder_ / "m0.safetensors"), merged = ReadTensors(folder_ / "out");
+  for (const char* name : {"half", "wide"}) {
+    const std::vector<double>& b = base.at(name).values;
+    std::vector<double> want = b;
+    for (const char* model : {"m1", "m2"}) {
+      const std::vector<double> x =
+          ReadTensors(folder_ / absl::StrCat(model, ".safetensors")).at(name).values;
+      std::vector<int64_t> order(b.size());
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+        return std::abs(x[i] - b[i]) > std::abs(x[j] - b[j]);
+      });
+      const auto n = static_cast<double>(b.size());
+      const auto largest = static_cast<int64_t>(0.1 * n), kept = static_cast<int64_t>(0.4 * n);
+      for (int64_t rank = largest; rank < largest + kept; ++rank) {
+        want[order[rank]] += x[order[rank]] - b[order[rank]];
+      }
+    }
+    int64_t bad = 0;
+    for (size_t i = 0; i < b.size(); ++i) {
+      bad +=
+          std::abs(merged.at(name).values[i] - want[i]) > 2e-3 * std::max(1.0, std::abs(want[i]));
+    }
+    EXPECT_EQ(bad, 0) << name;
+  }
+}
 
 TEST_F(EngineTest, TiesKeepsExactlyTheLargestLowestIndexFirst) {
   ASSERT_TRUE(Merge(Recipe("ties", "weight: 1.0, density: 0.2", true), "out").ok());

@@ -1,5 +1,7 @@
 #include "merge/methods/method.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "base/nearest.h"
 
@@ -29,6 +31,11 @@ double MethodContext::number(absl::string_view param) const { return AsNumber(*s
 bool MethodContext::flag(absl::string_view param) const { return AsNumber(*shared(param)) != 0; }
 double MethodContext::number(int input, absl::string_view param) const {
   return AsNumber(*of_input(input, param));
+}
+
+int64_t MethodContext::row_elements() const {
+  const int rank = shape().rank();
+  return rank == 0 ? 1 : std::max<int64_t>(1, shape()[rank - 1]);
 }
 
 std::vector<int> MethodContext::AllOperands() const {

@@ -15,29 +15,59 @@ using kernels::TaskVectorSum;
 absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorSum& op) {
   if (sparsifier == Sparsifier::kNone) return absl::OkStatus();
   const int64_t elements = context.shape().elements();
-  std::vector<int64_t> keep_counts(op.count, 0);
+  const auto share = [=](double density) {
+    return static_cast<int64_t>(density * static_cast<double>(elements));
+  };
+  // A model's thresholds: that of the elements down to which it keeps, and for a band that of the
+  // largest, which it does not.
+  std::vector<MethodContext::DeltaRank> floors, ceilings;
   for (int i = 0; i < op.count; ++i) {
     TaskVectorSum::Model& model = op.model[i];
     const double density = context.number(i, "density");
     if (density >= 1) continue;
-    if (density <= 0) {
+    if (density <= 0 || elements == 0) {
       model.keep = Keep::kNone;
-    } else if (sparsifier == Sparsifier::kMagnitude) {
-      model.keep = Keep::kMagnitude;
-      keep_counts[i] =
-          std::max<int64_t>(1, static_cast<int64_t>(density * static_cast<double>(elements)));
-    } else {
-      model.keep = Keep::kRandom;
-      model.key = context.random_key(i);
-      model.draw_below = static_cast<uint64_t>(std::llround(density * 0x1p32));
+      continue;
+    }
+    switch (sparsifier) {
+      case Sparsifier::kNone:
+        break;
+      case Sparsifier::kMagnitude:
+        model.keep = Keep::kMagnitude;
+        floors.push_back({i, std::max<int64_t>(1, share(density))});
+        break;
+      case Sparsifier::kBand: {
+        const int64_t kept = share(density);
+        if (kept == 0) {
+          model.keep = Keep::kNone;
+          break;
+        }
+        const int64_t largest = std::min(share(context.number(i, "gamma")), elements - kept);
+        model.keep = largest == 0 ? Keep::kMagnitude : Keep::kBand;
+        floors.push_back({i, largest + kept});
+        if (largest > 0) ceilings.push_back({i, largest});
+        break;
+      }
+      case Sparsifier::kRandom:
+        model.keep = Keep::kRandom;
+        model.key = context.random_key(i);
+        model.draw_below = static_cast<uint64_t>(std::llround(density * 0x1p32));
+        break;
     }
   }
-  if (sparsifier == Sparsifier::kMagnitude) {
-    ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> thresholds,
-                     context.SelectLargestDeltas(keep_counts));
-    for (int i = 0; i < op.count; ++i) {
-      op.model[i].threshold = thresholds[i].value;
-      op.model[i].ties_end = thresholds[i].ties_end;
+  if (floors.empty()) return absl::OkStatus();
+  std::vector<MethodContext::DeltaRank> ranks = floors;
+  ranks.insert(ranks.end(), ceilings.begin(), ceilings.end());
+  ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> thresholds,
+                   context.SelectLargestDeltas(ranks));
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    TaskVectorSum::Model& model = op.model[ranks[r].input];
+    if (r < floors.size()) {
+      model.threshold = thresholds[r].value;
+      model.ties_end = thresholds[r].ties_end;
+    } else {
+      model.ceiling = thresholds[r].value;
+      model.ceiling_end = thresholds[r].ties_end;
     }
   }
   return absl::OkStatus();
@@ -47,7 +77,7 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
 absl::Status Rescale(MethodContext& context, TaskVectorSum& op) {
   constexpr double kTinySum = 1e-7;
   const auto sparse = [](const TaskVectorSum::Model& model) {
-    return model.keep == Keep::kMagnitude || model.keep == Keep::kRandom;
+    return model.keep != Keep::kAll && model.keep != Keep::kNone;
   };
   if (std::none_of(op.model, op.model + op.count, sparse)) return absl::OkStatus();
   ASSIGN_OR_RETURN(const std::vector<double> sums,
@@ -64,7 +94,7 @@ absl::Status Rescale(MethodContext& context, TaskVectorSum& op) {
 std::vector<Param> TaskVectorParams(const TaskVectorOptions& options, bool normalize,
                                     bool rescale) {
   const bool sparse = options.sparsifier != Sparsifier::kNone;
-  return {
+  std::vector<Param> params = {
       {.name = "weight",
        .help = "factor of this model's task vector",
        .scope = ParamScopeKind::kModel},
@@ -91,6 +121,14 @@ std::vector<Param> TaskVectorParams(const TaskVectorOptions& options, bool norma
        .fallback = false,
        .no_effect = true},
   };
+  if (options.sparsifier == Sparsifier::kBand) {
+    params.push_back({.name = "gamma",
+                      .help = "share of the task vector's elements that is dropped, largest first",
+                      .scope = ParamScopeKind::kModel,
+                      .fallback = 0.01,
+                      .min = 0});
+  }
+  return params;
 }
 
 absl::Status RunTaskVectors(MethodContext& context, const TaskVectorOptions& options) {

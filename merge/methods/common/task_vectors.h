@@ -1,4 +1,4 @@
-// What the task-vector family shares (task_arithmetic, ties, dare_*; formulas above
+// What the task-vector family shares (task_arithmetic, ties, breadcrumbs, dare_*; formulas above
 // kernels/ops/task_vector.h): parameters with mergekit's names, and the run: sparsify, rescale,
 // weigh, elect, normalise, add to the base.
 #pragma once
@@ -14,6 +14,8 @@ enum class Sparsifier {
   kNone,
   kMagnitude,  // keep the floor(density n) largest, at least one; equal magnitudes: lowest index
                // first
+  kBand,       // drop the floor(gamma n) largest, or what density leaves, keep the next
+               // floor(density n)
   kRandom,     // keep each with probability `density`
 };
 
