@@ -175,9 +175,9 @@ absl::StatusOr<std::vector<int>> SelectBySample(MagnitudeScan& scan, std::vector
                    {.low = 0, .high = std::numeric_limits<float>::infinity(), .common = 0});
   } else {
     std::vector<std::vector<float>> samples(tensors.size());
+    const int64_t slot = elements / kSampleRuns;
     for (int64_t run = 0; run < kSampleRuns; ++run) {
       // Evenly, but not at a fixed place in every row.
-      const int64_t slot = elements / kSampleRuns;
       const int64_t first = run * slot + run * 40503 % std::max<int64_t>(1, slot - kSampleRun);
       RETURN_IF_ERROR(scan.Sample(tensors, first, std::min(kSampleRun, elements - first),
                                   absl::MakeSpan(samples)));

@@ -222,7 +222,7 @@ absl::StatusOr<std::vector<double>> TensorRun::ReduceRows(const kernels::ReduceO
                                                           Operands operands) {
   const int64_t row = row_elements();
   const int64_t terms = kernels::Terms(op);
-  std::vector<double> sums(row == 0 ? 0 : tensor_.shape.elements() / row * terms);
+  std::vector<double> sums(tensor_.shape.elements() / row * terms);
   const auto reduce = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
     for (int64_t at = 0; at < tile.count; at += row) {
       // Blocks are counted from the start of the row.

@@ -31,7 +31,6 @@ std::vector<double> KarcherMean(const GramMatrix& cosines, int64_t max_iter, dou
       const double cosine = std::clamp(cosines.DotWith(i, u), -1.0, 1.0);
       const double angle = std::acos(cosine);
       if (angle < tol) continue;
-      // Opposite vectors have no logarithm; the quotient is bounded as mergekit's is.
       const double factor = angle / std::sin(angle) / n;
       tangent[i] += factor;
       along += factor * cosine;
