@@ -29,6 +29,8 @@ struct MergeArguments {
   bool allow_nonfinite = false;
   bool dry_run = false;
   bool no_hash = false;
+  std::string stages;
+  bool keep_stages = false;
 };
 
 void PrintResult(Output& out, const MergeArguments& arguments, const Plan& plan,
@@ -94,6 +96,8 @@ absl::StatusOr<int> RunMerge(const MergeArguments& arguments, Output& out) {
                                                             : OutputMode::kNew,
                               .allow_nonfinite = arguments.allow_nonfinite,
                               .hash_output = !arguments.no_hash,
+                              .stages = arguments.stages,
+                              .keep_stages = arguments.keep_stages,
                               .observer = &progress,
                               .stop = interrupt.token()});
   }
@@ -123,6 +127,13 @@ CommandBody DeclareMerge(CLI::App& app) {
   app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
                "Go on when an input holds NaN or infinity");
   app.add_flag("--dry-run", arguments->dry_run, "Only show the plan, as pewter plan does");
+  CLI::Option* stages =
+      app.add_option("-I,--intermediate-dir", arguments->stages,
+                     "Folder for the models of a recipe's stages, which stay there; default: "
+                     "OUT.stages, and they go when the output is there")
+          ->type_name(kPathType);
+  app.add_flag("--keep-stages", arguments->keep_stages, "Keep the models in OUT.stages")
+      ->excludes(stages);
   // Not for users: the empty group leaves it out of the help.
   app.add_flag("--no-hash", arguments->no_hash, "Leave out SHA-256, to measure what it costs")
       ->group("");

@@ -178,19 +178,45 @@ Json PlanToJson(const Plan& plan) {
   for (const PlanFile& file : plan.aux_files) other_files.push_back(file.name);
   Json unused = Json::object();
   for (const auto& [model, names] : plan.unused_tensors) unused[model] = names;
-  return {{"method", plan.method},           {"architecture", plan.architecture},
-          {"device", plan.options.device},   {"threads", plan.options.threads},
-          {"seed", plan.options.seed},       {"memory_bytes", plan.options.memory_bytes},
-          {"peak_bytes", plan.peak_bytes},   {"read_bytes", plan.read_bytes},
-          {"write_bytes", plan.write_bytes}, {"models", std::move(models)},
-          {"shards", std::move(shards)},     {"other_files", std::move(other_files)},
-          {"tensors", std::move(tensors)},   {"unused_tensors", std::move(unused)},
-          {"warnings", plan.warnings},       {"fingerprint", plan.fingerprint}};
+  Json stages = Json::array();
+  for (const PlanStage& stage : plan.stages) {
+    Json json = {{"name", stage.name}, {"used", stage.used}};
+    json.update(PlanToJson(*stage.plan));
+    stages.push_back(std::move(json));
+  }
+  return {{"stages", std::move(stages)},
+          {"method", plan.method},
+          {"architecture", plan.architecture},
+          {"device", plan.options.device},
+          {"threads", plan.options.threads},
+          {"seed", plan.options.seed},
+          {"memory_bytes", plan.options.memory_bytes},
+          {"peak_bytes", plan.peak_bytes},
+          {"read_bytes", plan.read_bytes},
+          {"write_bytes", plan.write_bytes},
+          {"models", std::move(models)},
+          {"shards", std::move(shards)},
+          {"other_files", std::move(other_files)},
+          {"tensors", std::move(tensors)},
+          {"unused_tensors", std::move(unused)},
+          {"warnings", plan.warnings},
+          {"fingerprint", plan.fingerprint}};
 }
 
 std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
-  std::string text =
-      absl::StrCat("Method        ", plan.method, "\nArchitecture  ", plan.architecture, "\n\n");
+  std::string text;
+  for (size_t i = 0; i < plan.stages.size(); ++i) {
+    const PlanStage& stage = plan.stages[i];
+    absl::StrAppend(&text, "Stage ", i + 1, " of ", plan.stages.size() + 1, ": ", stage.name,
+                    stage.used ? "" : " (nothing depends on it)", "\n\n",
+                    PlanToText(*stage.plan, options), "\n");
+  }
+  if (!plan.stages.empty()) {
+    absl::StrAppend(&text, "Stage ", plan.stages.size() + 1, " of ", plan.stages.size() + 1,
+                    ": the output\n\n");
+  }
+  absl::StrAppend(&text, "Method        ", plan.method, "\nArchitecture  ", plan.architecture,
+                  "\n\n");
   Table models({"INPUT", "FILES", "TENSORS", "SIZE"});
   models.RightAlign(1).RightAlign(2).RightAlign(3);
   for (const PlanModel& model : plan.models) {

@@ -31,6 +31,11 @@ double Fraction(const Progress& progress) {
 // What a bar and a line have in common, most important first.
 std::vector<std::string> Details(const Progress& progress) {
   std::vector<std::string> parts;
+  if (progress.stages > 0) {
+    parts.push_back(absl::StrCat("stage ", progress.stage, " of ", progress.stages));
+    if (!progress.stage_name.empty())
+      absl::StrAppend(&parts.back(), " (", progress.stage_name, ")");
+  }
   if (progress.bytes_total > 0) {
     parts.push_back(absl::StrFormat("%3.0f%%", 100 * Fraction(progress)));
   }

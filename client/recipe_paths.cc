@@ -139,7 +139,11 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
     const std::string& working_directory) {
   ASSIGN_OR_RETURN(const Recipe recipe, ParseRecipe(text, overrides));
-  ASSIGN_OR_RETURN(const YamlDocument document, YamlDocument::Parse(text));
+  std::vector<YamlDocument> documents;
+  for (const DocumentText& part : SplitYamlDocuments(text)) {
+    ASSIGN_OR_RETURN(YamlDocument document, YamlDocument::Parse(part.text, part.first_line));
+    documents.push_back(std::move(document));
+  }
   PortableRecipe portable{
       .text = std::string(text), .overrides = overrides, .warnings = recipe.warnings};
 
@@ -147,7 +151,10 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
   std::map<size_t, std::pair<size_t, std::string>, std::greater<>> replacements;
   for (const ModelRef& ref : ReferencedModels(recipe)) {
     if (ref.at.line == 0) continue;  // of an override: below
-    const YamlNode* reference = FindNode(document.root(), ref.at);
+    const YamlNode* reference = nullptr;
+    for (const YamlDocument& document : documents) {
+      if (reference == nullptr) reference = FindNode(document.root(), ref.at);
+    }
     if (reference == nullptr) {
       return absl::InternalError(
           absl::StrCat(ref.at.ToString(), ": no text for model ", ref.ToString()));

@@ -248,7 +248,10 @@ Progress ToProgress(const v1::Progress& progress, v1::JobState state) {
           .seconds = progress.elapsed_seconds(),
           .bytes_per_second = progress.written_bytes_per_second(),
           .seconds_left = progress.has_remaining_seconds() ? progress.remaining_seconds() : -1,
-          .current = progress.current_tensor()};
+          .current = progress.current_tensor(),
+          .stage = progress.stage(),
+          .stages = progress.stages(),
+          .stage_name = progress.stage_name()};
 }
 
 absl::Status OutcomeOf(const v1::JobStateChange& change) {

@@ -193,6 +193,9 @@ v1::Progress ToProgress(const Progress& progress) {
   result.set_written_bytes_per_second(progress.bytes_per_second);
   if (progress.seconds_left >= 0) result.set_remaining_seconds(progress.seconds_left);
   result.set_current_tensor(progress.current);
+  result.set_stage(progress.stage);
+  result.set_stages(progress.stages);
+  result.set_stage_name(progress.stage_name);
   return result;
 }
 
@@ -288,6 +291,11 @@ v1::PlanSummary ToPlanSummary(const Plan& plan, int64_t first, int64_t count) {
   summary.set_device(plan.options.device);
   for (const std::string& warning : plan.warnings) summary.add_warnings(warning);
   summary.set_fingerprint(plan.fingerprint);
+  for (const PlanStage& stage : plan.stages) {
+    v1::PlanStage* out = summary.add_stages();
+    out->set_name(stage.name);
+    *out->mutable_plan() = ToPlanSummary(*stage.plan, 0, 0);
+  }
   return summary;
 }
 

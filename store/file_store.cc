@@ -381,7 +381,14 @@ absl::Status FileStore::Remove(absl::string_view key) {
     if (errno == ENOENT || errno == ENOTDIR) return absl::OkStatus();
     return ErrnoStatus(errno, "remove", path);
   }
-  return SyncFolder(FolderOf(path));
+  // Folders are only how keys with '/' are kept: they go with their last object.
+  std::string folder = FolderOf(path);
+  for (size_t slash = key.rfind('/');
+       slash != absl::string_view::npos && rmdir(folder.c_str()) == 0;
+       slash = key.substr(0, slash).rfind('/')) {
+    folder = FolderOf(folder);
+  }
+  return SyncFolder(folder);
 }
 
 absl::StatusOr<std::unique_ptr<ObjectWriter>> FileStore::Create(absl::string_view key) {

@@ -128,8 +128,12 @@ class OpenedCheckpoint final : public Checkpoint {
  public:
   explicit OpenedCheckpoint(ModelRef ref) : ref_(std::move(ref)), name_(ref_.ToString()) {}
 
-  absl::Status Open() {
-    ASSIGN_OR_RETURN(Location location, Locate(ref_.path, ref_.revision));
+  // `store` is null when the reference says where the model is.
+  absl::Status Open(std::shared_ptr<ObjectStore> store) {
+    Location location{.store = std::move(store)};
+    if (location.store == nullptr) {
+      ASSIGN_OR_RETURN(location, Locate(ref_.path, ref_.revision));
+    }
     store_ = std::move(location.store);
     if (location.file.empty()) {
       RETURN_IF_ERROR(OpenFolder());
@@ -298,8 +302,13 @@ class OpenedCheckpoint final : public Checkpoint {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(const ModelRef& ref) {
+  return Open(ref, nullptr);
+}
+
+absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
+    const ModelRef& ref, std::shared_ptr<ObjectStore> store) {
   auto checkpoint = std::make_shared<OpenedCheckpoint>(ref);
-  const absl::Status opened = checkpoint->Open();
+  const absl::Status opened = checkpoint->Open(std::move(store));
   if (!opened.ok()) return Annotate(opened, absl::StrCat("model ", ref.ToString()));
   return checkpoint;
 }

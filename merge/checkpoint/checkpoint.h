@@ -39,6 +39,9 @@ class Checkpoint {
   // the index that no shard has (and the reverse), the same tensor twice, adapters whose factors do
   // not fit. All shards' headers are read here.
   static absl::StatusOr<std::shared_ptr<const Checkpoint>> Open(const ModelRef& ref);
+  // The same for a model that is the folder `store`, whatever ref's path says.
+  static absl::StatusOr<std::shared_ptr<const Checkpoint>> Open(const ModelRef& ref,
+                                                                std::shared_ptr<ObjectStore> store);
 
   virtual ~Checkpoint() = default;
   virtual const ModelRef& ref() const = 0;

@@ -16,6 +16,8 @@ namespace {
 
 using nlohmann::ordered_json;
 
+constexpr int64_t kMaxManifest = int64_t{256} << 20;
+
 ordered_json FileJson(const OutputFile& file) {
   ordered_json json = {{"name", file.name}, {"bytes", file.bytes}};
   if (!file.sha256.empty()) json["sha256"] = file.sha256;
@@ -106,6 +108,53 @@ absl::StatusOr<RunState> RunState::FromJson(absl::string_view text) {
   }
 }
 
+absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view key,
+                                           int64_t size) {
+  constexpr int64_t kChunk = 1 << 20;
+  std::vector<std::byte> chunk(kChunk);
+  Sha256 sha;
+  for (int64_t offset = 0; offset < size; offset += kChunk) {
+    const absl::Span<std::byte> part =
+        absl::MakeSpan(chunk).subspan(0, std::min(kChunk, size - offset));
+    RETURN_IF_ERROR(store.ReadInto(key, offset, part));
+    sha.Update(part);
+  }
+  return sha.Finish();
+}
+
+absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
+                                                        absl::string_view fingerprint) {
+  auto text = ReadText(store, kManifestFile, kMaxManifest);
+  if (absl::IsNotFound(text.status())) return std::nullopt;
+  RETURN_IF_ERROR(text.status());
+  try {
+    const ordered_json manifest = ordered_json::parse(*text);
+    if (manifest.at("fingerprint").get<std::string>() != fingerprint) return std::nullopt;
+    for (const ordered_json& item : manifest.at("files")) {
+      const OutputFile file{item.at("name"), item.at("bytes"), item.at("sha256")};
+      const auto stat = store.Stat(file.name);
+      const bool same_size = stat.ok() && stat->size == file.bytes;
+      if (!same_size || Sha256OfObject(store, file.name, file.bytes).value_or("") != file.sha256) {
+        return absl::DataLossError(
+            absl::StrCat(store.Describe(file.name), " is not as ", kManifestFile, " says"));
+      }
+    }
+  } catch (const nlohmann::json::exception& error) {
+    return absl::DataLossError(
+        absl::StrCat(store.Describe(kManifestFile), " is damaged (", error.what(), ")"));
+  }
+  return *std::move(text);
+}
+
+std::vector<std::string> FilesOfManifest(absl::string_view manifest_json) {
+  const ordered_json manifest =
+      ordered_json::parse(manifest_json.begin(), manifest_json.end(), nullptr, false);
+  std::vector<std::string> names;
+  for (const ordered_json& file : manifest.at("files")) names.push_back(file.at("name"));
+  names.push_back(kManifestFile);
+  return names;
+}
+
 std::string ManifestJson(const ManifestInput& input) {
   const Plan& plan = input.plan;
   ordered_json files = ordered_json::array();
@@ -115,7 +164,7 @@ std::string ManifestJson(const ManifestInput& input) {
     warnings.insert(warnings.end(), shard.warnings.begin(), shard.warnings.end());
   }
   for (const OutputFile& file : input.aux_files) files.push_back(FileJson(file));
-  const ordered_json manifest = {
+  ordered_json manifest = {
       {"format", 1},
       {"pewter_version", kVersion},
       {"fingerprint", plan.fingerprint},
@@ -136,6 +185,12 @@ std::string ManifestJson(const ManifestInput& input) {
         {"memory_bytes", plan.options.memory_bytes},
         {"shards_reused", input.shards_reused}}},
   };
+  for (size_t i = 0; i < input.stage_manifests.size(); ++i) {
+    ordered_json stage = {{"name", plan.stages[i].name}};
+    stage.update(
+        ordered_json::parse(input.stage_manifests[i], nullptr, /*allow_exceptions=*/false));
+    manifest["stages"].push_back(std::move(stage));
+  }
   return manifest.dump(2, ' ', /*ensure_ascii=*/false, ordered_json::error_handler_t::replace) +
          "\n";
 }

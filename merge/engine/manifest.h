@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,16 @@ struct RunState {
   static absl::StatusOr<RunState> FromJson(absl::string_view text);
 };
 
+// The hex digest of an object's bytes.
+absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view key, int64_t size);
+
+// The manifest of the finished model in `store`, when it has the given fingerprint; nothing when
+// there is no such model. DataLoss when a file is not as the manifest says.
+absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
+                                                        absl::string_view fingerprint);
+// The names of the files that a manifest lists, its own the last.
+std::vector<std::string> FilesOfManifest(absl::string_view manifest_json);
+
 struct ManifestInput {
   const Plan& plan;
   const std::map<int, ShardRecord>& shards;
@@ -48,6 +59,7 @@ struct ManifestInput {
   int threads = 0;
   double seconds = 0;
   int64_t shards_reused = 0;
+  std::vector<std::string> stage_manifests = {};  // JSON, in the order of plan.stages
 };
 
 // Inputs are identified by the hub's etag, else by size, time of change and CRC32C: of the whole

@@ -23,6 +23,10 @@ struct Progress {
   double bytes_per_second = 0;                 // written, over the last few seconds
   double seconds_left = -1;                    // negative: unknown
   std::string current;                         // a tensor being merged
+  // Of a recipe with stages: which one all of the above is about, from 1 (the output is the last),
+  // and its name (empty for the output). 0 of 0 without stages.
+  int stage = 0, stages = 0;
+  std::string stage_name;
 };
 
 // Called from any thread, at most about ten times a second for progress. Must not block.

@@ -16,6 +16,7 @@
 #include "merge/engine/buffer_pool.h"
 #include "merge/engine/manifest.h"
 #include "merge/engine/shard_writer.h"
+#include "merge/engine/stages.h"
 #include "merge/engine/tensor_run.h"
 #include "merge/engine/tile_scheduler.h"
 #include "merge/plan/sizing.h"
@@ -39,6 +40,9 @@ class ProgressMeter {
   ProgressMeter(const Plan& plan, Observer* observer) : observer_(observer) {
     progress_.phase = Phase::kMerging;
     progress_.tensors_total = static_cast<int64_t>(plan.tensors.size());
+    if (!plan.stages.empty()) {
+      progress_.stage = progress_.stages = static_cast<int>(plan.stages.size()) + 1;
+    }
     for (const PlanShard& shard : plan.shards) progress_.bytes_total += shard.bytes;
   }
 
@@ -179,16 +183,8 @@ absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
   ASSIGN_OR_RETURN(const ObjectStat stat, output_->Stat(shard.file));
   if (record.file.name != shard.file || stat.size != shard.bytes || record.file.sha256.empty())
     return mismatch;
-  constexpr int64_t kChunk = 1 << 20;
-  std::vector<std::byte> chunk(kChunk);
-  Sha256 sha;
-  for (int64_t offset = 0; offset < stat.size; offset += kChunk) {
-    const absl::Span<std::byte> part =
-        absl::MakeSpan(chunk).subspan(0, std::min(kChunk, stat.size - offset));
-    RETURN_IF_ERROR(output_->ReadInto(shard.file, offset, part));
-    sha.Update(part);
-  }
-  if (sha.Finish() != record.file.sha256) return mismatch;
+  ASSIGN_OR_RETURN(const std::string sha256, Sha256OfObject(*output_, shard.file, stat.size));
+  if (sha256 != record.file.sha256) return mismatch;
   ++shards_reused_;
   meter_.Reuse(shard.bytes, static_cast<int64_t>(shard.tensors.size()));
   return absl::OkStatus();
@@ -352,6 +348,8 @@ absl::Status Run::Publish() {
 
 absl::StatusOr<Manifest> Run::Execute() {
   RETURN_IF_ERROR(PrepareOutput());
+  const absl::Cleanup unbind = [this] { UnbindStages(plan_); };
+  ASSIGN_OR_RETURN(const std::vector<std::string> stages, MergeStages(plan_, options_));
   RETURN_IF_ERROR(MergeShards());
   RETURN_IF_ERROR(CheckInputsUnchanged());
   meter_.Enter(Phase::kPublishing);
@@ -372,9 +370,11 @@ absl::StatusOr<Manifest> Run::Execute() {
                                 .device = device_description_,
                                 .threads = plan_.options.threads,
                                 .seconds = manifest.seconds,
-                                .shards_reused = shards_reused_});
+                                .shards_reused = shards_reused_,
+                                .stage_manifests = stages});
   RETURN_IF_ERROR(WriteText(*output_, kManifestFile, manifest.json));
   RETURN_IF_ERROR(output_->Remove(kStateFile));
+  RETURN_IF_ERROR(RemoveStages(plan_, stages, options_));
   meter_.Enter(Phase::kDone);
   return manifest;
 }

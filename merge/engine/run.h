@@ -24,6 +24,9 @@ struct RunOptions {
   bool allow_nonfinite = false;  // NaN or infinity in an input is a warning, not DataLoss
   bool hash_output =
       true;  // off only to measure what hashing costs; the manifest then has no SHA-256
+  // Where the models of the plan's stages go, each in a folder of its name; empty: OUTPUT.stages.
+  std::string stages;
+  bool keep_stages = false;  // else removed when the output is there
   Observer* observer = nullptr;
   std::stop_token stop;  // Cancelled; finished shards stay for a resume
 };
@@ -38,6 +41,10 @@ struct Manifest {
   std::vector<std::string> warnings;
 };
 
+// Stages are merged first. One that an earlier run has left finished is used again when its
+// manifest has the plan's fingerprint and its files the manifest's digests, whatever the mode; an
+// unfinished one of the same plan is resumed.
+//
 // Order of publishing: shards as they finish, then aux files, config.json, index, manifest. So the
 // output is a loadable model only when all of it is there. Errors leave finished shards and a state
 // file for OutputMode::kResume.

@@ -23,6 +23,7 @@
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
 #include "merge/plan/sizing.h"
+#include "merge/plan/stage_store.h"
 #include "merge/plan/tokenizer.h"
 
 namespace pewter {
@@ -63,7 +64,9 @@ struct Operand {
 
 class Planner {
  public:
-  Planner(const Recipe& recipe, const PlanOptions& options) : recipe_(recipe) {
+  // `stages`: those before it.
+  Planner(const Recipe& recipe, const PlanOptions& options, absl::Span<const PlanStage> stages)
+      : recipe_(recipe), stages_(stages) {
     plan_.options = options;
     plan_.recipe_text = recipe.text;
     plan_.warnings = recipe.warnings;
@@ -126,7 +129,10 @@ class Planner {
   absl::Status OpenModel(const ModelRef& ref) {
     const std::string name = ref.ToString();
     if (model_index_.contains(name)) return absl::OkStatus();
-    auto checkpoint = Checkpoint::Open(ref);
+    const auto stage = std::find_if(stages_.begin(), stages_.end(),
+                                    [&](const PlanStage& s) { return s.name == ref.path; });
+    auto checkpoint =
+        stage == stages_.end() ? Checkpoint::Open(ref) : Checkpoint::Open(ref, stage->store);
     if (!checkpoint.ok()) {
       return Annotate(checkpoint.status(), ref.at.ToString());
     }
@@ -791,6 +797,7 @@ class Planner {
   }
 
   const Recipe& recipe_;
+  const absl::Span<const PlanStage> stages_;
   Plan plan_;
   const MergeMethod* method_ = nullptr;
   absl::flat_hash_map<std::string, int> model_index_;
@@ -807,10 +814,50 @@ class Planner {
   std::map<std::pair<int, DType>, int64_t> narrowed_;     // by model and stored dtype
 };
 
+// A message that has a position in the recipe needs no more.
+bool HasPosition(absl::string_view message) { return absl::StartsWith(message, "recipe:"); }
+
+// The parsed recipe's warnings of all documents are among `warnings` already.
+void AddStageWarnings(const PlanStage& stage, std::vector<std::string>& warnings) {
+  for (const std::string& warning : stage.plan->warnings) {
+    std::string named =
+        HasPosition(warning) ? warning : absl::StrCat("stage ", stage.name, ": ", warning);
+    if (std::find(warnings.begin(), warnings.end(), named) == warnings.end()) {
+      warnings.push_back(std::move(named));
+    }
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<Plan> MakePlan(const Recipe& recipe, const PlanOptions& options) {
-  return Planner(recipe, options).Make();
+  std::vector<PlanStage> stages;
+  absl::flat_hash_set<std::string> used;
+  // The output may be asked to have no tokenizer; what is made from a stage may need it.
+  PlanOptions stage_options = options;
+  stage_options.copy_tokenizer = true;
+  for (const Recipe& stage : recipe.stages) {
+    auto plan = Planner(stage, stage_options, stages).Make();
+    if (!plan.ok()) {
+      return HasPosition(plan.status().message())
+                 ? plan.status()
+                 : Annotate(plan.status(), absl::StrCat("stage ", stage.name));
+    }
+    for (const PlanModel& model : plan->models) used.insert(model.checkpoint->ref().path);
+    auto shared = std::make_shared<const Plan>(*std::move(plan));
+    stages.push_back({.name = stage.name,
+                      .plan = shared,
+                      .store = std::make_shared<StageStore>(stage.name, shared)});
+  }
+  ASSIGN_OR_RETURN(Plan plan, Planner(recipe, options, stages).Make());
+  for (const PlanModel& model : plan.models) used.insert(model.checkpoint->ref().path);
+  for (PlanStage& stage : stages) {
+    stage.used = used.contains(stage.name);
+    plan.peak_bytes = std::max(plan.peak_bytes, stage.plan->peak_bytes);
+    AddStageWarnings(stage, plan.warnings);
+  }
+  plan.stages = std::move(stages);
+  return plan;
 }
 
 }  // namespace pewter

@@ -76,7 +76,19 @@ struct PlanModel {
   int file_base = 0;  // its first file in Plan::files
 };
 
+struct Plan;
+class StageStore;
+
+// A model that the recipe makes on the way, and that other stages or the output are made from.
+struct PlanStage {
+  std::string name;
+  std::shared_ptr<const Plan> plan;
+  std::shared_ptr<StageStore> store;  // the model, as far as the plan knows it
+  bool used = true;                   // false: nothing depends on it
+};
+
 struct Plan {
+  std::vector<PlanStage> stages;  // in the order to merge them; they have no stages themselves
   std::string recipe_text;
   std::string method;
   std::string architecture;
@@ -88,16 +100,18 @@ struct Plan {
   std::vector<PlanFile> aux_files;    // tokenizer, generation config, model card, recipe
   std::string config_json;            // written with the index, last; empty for raw checkpoints
   std::string index_json;             // empty for a single shard
-  std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently
+  std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently; stages too
   std::map<std::string, std::vector<std::string>>
       unused_tensors;      // model -> tensors that no output reads
   int64_t read_bytes = 0;  // stored bytes that one pass over all inputs reads
   int64_t write_bytes = 0;
-  int64_t peak_bytes = 0;   // estimate of anonymous memory
+  int64_t peak_bytes = 0;   // estimate of anonymous memory, stages included
   std::string fingerprint;  // SHA-256 of what decides the output's bytes: recipe, inputs, options,
                             // format version
 };
 
+// Stages are planned from the plans of those that they depend on, so nothing has been merged when
+// all is known to be right.
 absl::StatusOr<Plan> MakePlan(const Recipe& recipe, const PlanOptions& options);
 
 }  // namespace pewter

@@ -12,6 +12,7 @@
 #include "base/dtype_names.h"
 #include "base/nearest.h"
 #include "base/status.h"
+#include "merge/recipe/stages.h"
 #include "merge/recipe/yaml.h"
 
 namespace pewter {
@@ -39,6 +40,7 @@ class RecipeReader {
   absl::Status Read(const YamlNode& root) {
     constexpr const char* kLater = "is not supported by this version of Pewter";
     static constexpr Key kKeys[] = {
+        {"name"},
         {"merge_method"},
         {"models"},
         {"slices"},
@@ -63,6 +65,11 @@ class RecipeReader {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
     }
     RETURN_IF_ERROR(CheckKeys(root, "the recipe", kKeys));
+    recipe_.at = root.at;
+    if (const YamlNode* name = root.Find("name"); !IsNull(name)) {
+      ASSIGN_OR_RETURN(recipe_.name, Text(*name, "name"));
+      recipe_.name_at = name->at;
+    }
 
     const YamlNode* method = root.Find("merge_method");
     if (IsNull(method)) {
@@ -477,9 +484,12 @@ absl::StatusOr<ModelRef> ParseModelRef(absl::string_view text) {
   return ref;
 }
 
-absl::StatusOr<Recipe> ParseRecipe(
-    absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides) {
-  ASSIGN_OR_RETURN(YamlDocument document, YamlDocument::Parse(text));
+namespace {
+
+using Overrides = std::vector<std::pair<std::string, std::string>>;
+
+absl::StatusOr<Recipe> ReadDocument(YamlDocument document, absl::string_view text,
+                                    const Overrides& overrides) {
   for (const auto& [path, value] : overrides) RETURN_IF_ERROR(document.Set(path, value));
   Recipe recipe;
   recipe.text = std::string(text);
@@ -487,6 +497,68 @@ absl::StatusOr<Recipe> ParseRecipe(
   recipe.warnings = document.warnings();
   RETURN_IF_ERROR(RecipeReader(recipe).Read(document.root()));
   return recipe;
+}
+
+// Of the overrides those of the document `name`, without "NAME/".
+absl::StatusOr<std::vector<Overrides>> SplitOverrides(const Overrides& overrides,
+                                                      const std::vector<std::string>& names) {
+  std::vector<Overrides> result(names.size());
+  for (const auto& [path, value] : overrides) {
+    const size_t slash = path.find('/');
+    const bool staged = slash != std::string::npos && slash < path.find('.');
+    const std::string name = staged ? path.substr(0, slash) : "";
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--set ", path, "=", value, ": ",
+          staged ? absl::StrCat("no document of the recipe is called \"", name, "\"",
+                                DidYouMean(name, names))
+                 : std::string("every document of the recipe has a name; write NAME/KEY=VALUE")));
+    }
+    result[found - names.begin()].emplace_back(path.substr(staged ? slash + 1 : 0), value);
+  }
+  return result;
+}
+
+}  // namespace
+
+absl::StatusOr<Recipe> ParseRecipe(absl::string_view text, const Overrides& overrides) {
+  if (static_cast<int64_t>(text.size()) > YamlDocument::kMaxBytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "recipe: ", text.size(), " bytes; a recipe has at most ", YamlDocument::kMaxBytes));
+  }
+  const std::vector<DocumentText> parts = SplitYamlDocuments(text);
+  if (parts.size() > kMaxDocuments) {
+    return RecipeError({.line = parts[kMaxDocuments].first_line, .column = 1},
+                       absl::StrCat("a recipe has at most ", kMaxDocuments, " documents"));
+  }
+  std::vector<YamlDocument> documents;
+  std::vector<std::string> names;
+  for (const DocumentText& part : parts) {
+    ASSIGN_OR_RETURN(YamlDocument document, YamlDocument::Parse(part.text, part.first_line));
+    const YamlNode* name = document.root().Find("name");
+    names.push_back(name == nullptr ? "" : name->text);
+    documents.push_back(std::move(document));
+  }
+  if (documents.size() == 1) {
+    ASSIGN_OR_RETURN(Recipe recipe, ReadDocument(std::move(documents[0]), text, overrides));
+    if (!recipe.name.empty()) {
+      recipe.warnings.push_back(absl::StrCat(recipe.name_at.ToString(),
+                                             ": `name` means something only where a recipe has "
+                                             "several documents"));
+    }
+    return recipe;
+  }
+  ASSIGN_OR_RETURN(const std::vector<Overrides> own, SplitOverrides(overrides, names));
+  std::vector<Recipe> recipes;
+  for (size_t i = 0; i < documents.size(); ++i) {
+    ASSIGN_OR_RETURN(Recipe recipe, ReadDocument(std::move(documents[i]), parts[i].text, own[i]));
+    recipes.push_back(std::move(recipe));
+  }
+  ASSIGN_OR_RETURN(Recipe result, LinkStages(std::move(recipes)));
+  result.text = std::string(text);
+  result.overrides = overrides;
+  return result;
 }
 
 }  // namespace pewter

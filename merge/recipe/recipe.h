@@ -1,5 +1,8 @@
 // Recipe: the text that the user wrote, parsed but unresolved. The grammar is mergekit's YAML.
 //
+// A text of several documents (`---`) is one recipe: the output's, which has the other documents as
+// its stages. A stage has a name, and a model of that name is what the stage makes.
+//
 // Parsing checks types and structure, with line and column in every message; it reads no model.
 // Keys that nobody reads and settings without effect are collected as `warnings` (with a suggestion
 // where one is near). Values are plain data and may be copied freely.
@@ -87,8 +90,14 @@ struct RecipeModule {
 };
 
 struct Recipe {
-  std::string text;  // verbatim
+  std::string text;                                            // verbatim; a stage's own document
   std::vector<std::pair<std::string, std::string>> overrides;  // applied to it
+  TextPosition at;
+  std::string
+      name;  // of a stage; else empty, or as the one document that nothing depends on has it
+  TextPosition name_at;
+  // The other documents, each after those that it depends on; they have no stages themselves.
+  std::vector<Recipe> stages;
   std::string merge_method;
   TextPosition merge_method_at;
   std::vector<RecipeModule> modules;  // in the order written
@@ -101,12 +110,13 @@ struct Recipe {
   bool tokenizer_from_base = false;
   std::optional<ModelRef> tokenizer_model;
   TextPosition tokenizer_at;
-  std::vector<std::string> warnings;
+  std::vector<std::string> warnings;  // of the stages too
 };
 
 // `overrides` are --set key=value: a dotted path ("parameters.t", "dtype", "models.0.model") and a
-// YAML value, applied to the parsed text. InvalidArgument names line and column: "recipe:12:7:
-// ...". Hostile text is refused: more than 1 MiB, deep nesting, aliases that multiply.
+// YAML value, applied to the parsed text; of a stage as "STAGE/parameters.t". InvalidArgument names
+// line and column: "recipe:12:7: ...". Hostile text is refused: more than 1 MiB, deep nesting,
+// aliases that multiply.
 absl::StatusOr<Recipe> ParseRecipe(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides = {});
 

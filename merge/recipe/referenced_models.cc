@@ -1,10 +1,11 @@
 #include "merge/recipe/referenced_models.h"
 
+#include <algorithm>
 #include <optional>
 
 namespace pewter {
 
-std::vector<ModelRef> ReferencedModels(const Recipe& recipe) {
+std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
   std::vector<ModelRef> refs;
   const auto add = [&refs](const std::optional<ModelRef>& ref) {
     if (ref.has_value()) refs.push_back(*ref);
@@ -17,6 +18,19 @@ std::vector<ModelRef> ReferencedModels(const Recipe& recipe) {
   }
   add(recipe.base_model);
   add(recipe.tokenizer_model);
+  return refs;
+}
+
+std::vector<ModelRef> ReferencedModels(const Recipe& recipe) {
+  std::vector<ModelRef> refs = ModelsOfDocument(recipe);
+  for (const Recipe& stage : recipe.stages) {
+    const std::vector<ModelRef> own = ModelsOfDocument(stage);
+    refs.insert(refs.end(), own.begin(), own.end());
+  }
+  std::erase_if(refs, [&](const ModelRef& ref) {
+    return std::any_of(recipe.stages.begin(), recipe.stages.end(),
+                       [&](const Recipe& stage) { return stage.name == ref.path; });
+  });
   return refs;
 }
 

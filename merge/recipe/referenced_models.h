@@ -8,7 +8,10 @@
 namespace pewter {
 
 // Sources and bases of the slices in order, then the base model and the tokenizer's; repeated where
-// the recipe repeats.
+// the recipe repeats. Models of the stages too, and none that a stage makes.
 std::vector<ModelRef> ReferencedModels(const Recipe& recipe);
+
+// Those of its own document, stages among them.
+std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe);
 
 }  // namespace pewter

@@ -63,11 +63,22 @@ size_t FindInvalidUtf8(absl::string_view text) {
   return absl::string_view::npos;
 }
 
-TextPosition PositionOf(absl::string_view text, size_t offset) {
+TextPosition PositionOf(absl::string_view text, size_t offset, int first_line) {
   const absl::string_view before = text.substr(0, offset);
   const auto lines = std::count(before.begin(), before.end(), '\n');
   const size_t line_start = before.rfind('\n') + 1;  // npos + 1 == 0
-  return {.line = static_cast<int>(lines) + 1, .column = static_cast<int>(offset - line_start) + 1};
+  return {.line = static_cast<int>(lines) + first_line,
+          .column = static_cast<int>(offset - line_start) + 1};
+}
+
+// True when a part of a text is blank lines and comments, and with `directives` also those.
+bool WithoutContent(absl::string_view text, bool directives) {
+  for (absl::string_view line : absl::StrSplit(text, '\n')) {
+    absl::ConsumePrefix(&line, "---");
+    line = absl::StripLeadingAsciiWhitespace(line);
+    if (!line.empty() && line[0] != '#' && !(directives && line[0] == '%')) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -75,9 +86,9 @@ TextPosition PositionOf(absl::string_view text, size_t offset) {
 // Receives yaml-cpp's events and appends nodes to a document.
 class YamlBuilder : public YAML::EventHandler {
  public:
-  // `positions` is false for text that is not the recipe's (--set).
-  YamlBuilder(YamlDocument& document, bool positions)
-      : document_(document), positions_(positions) {}
+  // `first_line` is 0 for text that is not the recipe's (--set) and has no positions.
+  YamlBuilder(YamlDocument& document, int first_line)
+      : document_(document), first_line_(first_line) {}
 
   absl::StatusOr<const YamlNode*> Build(absl::string_view text) {
     try {
@@ -93,7 +104,9 @@ class YamlBuilder : public YAML::EventHandler {
     } catch (const std::exception& error) {
       return absl::InvalidArgumentError(absl::StrCat("recipe: not YAML: ", error.what()));
     }
-    if (root_ == nullptr) root_ = &NewNode(YamlNode::Kind::kNull, {.line = 1, .column = 1});
+    if (root_ == nullptr) {
+      root_ = &NewNode(YamlNode::Kind::kNull, {.line = first_line_, .column = 1});
+    }
     return root_;
   }
 
@@ -160,15 +173,15 @@ class YamlBuilder : public YAML::EventHandler {
   };
 
   TextPosition At(const YAML::Mark& mark) const {
-    if (!positions_ || mark.line < 0) return {};
-    return {.line = mark.line + 1, .column = mark.column + 1};
+    if (first_line_ == 0 || mark.line < 0) return {};
+    return {.line = mark.line + first_line_, .column = mark.column + 1};
   }
 
   YamlNode& NewNode(YamlNode::Kind kind, TextPosition at) {
     Spend(1, at);
     YamlNode& node = document_.nodes_.emplace_back();
     node.kind = kind;
-    node.at = positions_ ? at : TextPosition{};
+    node.at = first_line_ > 0 ? at : TextPosition{};
     return node;
   }
 
@@ -269,7 +282,7 @@ class YamlBuilder : public YAML::EventHandler {
   }
 
   YamlDocument& document_;
-  const bool positions_;
+  const int first_line_;
   bool second_ = false;  // the first document is done
   int64_t spent_ = 0;
   absl::flat_hash_map<YAML::anchor_t, YamlNode*> anchors_;
@@ -302,19 +315,46 @@ std::string YamlNode::Describe() const {
   return absl::StrCat("\"", text.substr(0, cut), "...\"");
 }
 
-absl::StatusOr<YamlDocument> YamlDocument::Parse(absl::string_view text) {
+std::vector<DocumentText> SplitYamlDocuments(absl::string_view text) {
+  std::vector<DocumentText> parts = {{.text = text}};
+  int line = 1;
+  for (size_t end = text.find('\n'); end != absl::string_view::npos;
+       end = text.find('\n', end + 1)) {
+    ++line;
+    const absl::string_view rest = text.substr(end + 1);
+    absl::string_view after = rest;
+    if (!absl::ConsumePrefix(&after, "---")) continue;
+    if (!after.empty() && !absl::ascii_isspace(after[0])) continue;
+    parts.back().text.remove_suffix(rest.size());
+    parts.push_back({.text = rest, .first_line = line});
+  }
+  // Comments and directives before the first "---" belong to what follows it.
+  if (parts.size() > 1 && !absl::StartsWith(parts[0].text, "---") &&
+      WithoutContent(parts[0].text, /*directives=*/true)) {
+    parts[0].text = {parts[0].text.data(), parts[0].text.size() + parts[1].text.size()};
+    parts.erase(parts.begin() + 1);
+  }
+  const DocumentText first = parts[0];
+  std::erase_if(parts, [](const DocumentText& part) {
+    return WithoutContent(part.text, /*directives=*/false);
+  });
+  if (parts.empty()) parts.push_back(first);
+  return parts;
+}
+
+absl::StatusOr<YamlDocument> YamlDocument::Parse(absl::string_view text, int first_line) {
   if (static_cast<int64_t>(text.size()) > kMaxBytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("recipe: ", text.size(), " bytes; a recipe has at most ", kMaxBytes));
   }
   if (const size_t bad = FindInvalidUtf8(text); bad != absl::string_view::npos) {
-    return RecipeError(PositionOf(text, bad), "not UTF-8");
+    return RecipeError(PositionOf(text, bad, first_line), "not UTF-8");
   }
   if (const size_t nul = text.find('\0'); nul != absl::string_view::npos) {
-    return RecipeError(PositionOf(text, nul), "a NUL byte");
+    return RecipeError(PositionOf(text, nul, first_line), "a NUL byte");
   }
   YamlDocument document;
-  ASSIGN_OR_RETURN(document.root_, YamlBuilder(document, /*positions=*/true).Build(text));
+  ASSIGN_OR_RETURN(document.root_, YamlBuilder(document, first_line).Build(text));
   return document;
 }
 
@@ -329,7 +369,7 @@ absl::Status YamlDocument::Set(absl::string_view path, absl::string_view value) 
     return fail("too long, or not UTF-8");
   }
   if (parts.size() > kMaxDepth) return fail("nested too deep");
-  auto parsed = YamlBuilder(*this, /*positions=*/false).Build(value);
+  auto parsed = YamlBuilder(*this, /*first_line=*/0).Build(value);
   if (!parsed.ok()) return fail(parsed.status().message());
 
   const YamlNode** slot = &root_;

@@ -41,13 +41,27 @@ struct YamlNode {
   std::string Describe() const;  // "a list", "the text \"abc\"": for messages
 };
 
+// One of the documents of a text, and the line that it begins with.
+struct DocumentText {
+  absl::string_view text;
+  int first_line = 1;
+};
+// The documents between lines that begin with "---"; those without content are left out, but for
+// the only one. Such a line begins a document wherever it stands, so no parsing is needed.
+std::vector<DocumentText> SplitYamlDocuments(absl::string_view text);
+
 class YamlDocument {
  public:
   static constexpr int64_t kMaxBytes = int64_t{1} << 20;
   static constexpr int64_t kMaxNodes = 200'000;
   static constexpr int kMaxDepth = 64;
 
-  static absl::StatusOr<YamlDocument> Parse(absl::string_view text);
+  // Not copied: nodes point to each other.
+  YamlDocument(YamlDocument&&) = default;
+  YamlDocument& operator=(YamlDocument&&) = default;
+
+  // Positions count from `first_line`.
+  static absl::StatusOr<YamlDocument> Parse(absl::string_view text, int first_line = 1);
 
   const YamlNode& root() const { return *root_; }
   const std::vector<std::string>& warnings() const { return warnings_; }
@@ -58,6 +72,7 @@ class YamlDocument {
 
  private:
   friend class YamlBuilder;
+  YamlDocument() = default;
 
   std::deque<YamlNode> nodes_;  // owns every node; addresses are stable
   const YamlNode* root_ = nullptr;

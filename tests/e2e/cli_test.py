@@ -472,6 +472,47 @@ def test_same_bytes_for_threads_and_memory(large, threads, memory):
     shutil.rmtree(large.folder / output)
 
 
+# Stages -----------------------------------------------------------------------------------------
+
+STAGES = f"name: half\n{linear('a', 'b')}---\n{linear('half', 'a', extra='dtype: bfloat16')}"
+
+
+def test_stages(cli, models):
+    path = cli.recipe(STAGES)
+    assert "Merged into out" in cli("merge", path, "out").out
+    assert not (cli.folder / "out.stages").exists()
+    cli("merge", cli.recipe(linear("a", "b"), "first.yaml"), "half")
+    second = linear("./half", "a", extra="dtype: bfloat16")
+    cli("merge", cli.recipe(second, "second.yaml"), "alone")
+    shutil.rmtree(cli.folder / "half")
+    assert cli.hashes("out") == cli.hashes("alone")
+    assert (cli.folder / "out/mergekit_config.yml").read_text() == STAGES + "\n"
+
+    cli("merge", path, "kept", "--keep-stages")
+    stage = cli.folder / "kept.stages/half/model.safetensors"
+    before = stage.stat().st_mtime_ns
+    cli("merge", path, "kept", "--keep-stages", "--overwrite", "--set", "dtype=float16")
+    assert stage.stat().st_mtime_ns == before
+    cli("merge", path, "kept", "--keep-stages", "--overwrite", "--set", "half/dtype=float16")
+    assert stage.stat().st_mtime_ns != before
+    cli("merge", path, "more", "-I", "stages")
+    assert cli("inspect", "stages/half").out
+
+
+def test_stages_are_planned_before_the_first_is_merged(cli, models):
+    path = cli.recipe(STAGES)
+    text = cli("plan", path).out
+    assert text.index("Stage 1 of 2: half") < text.index("Stage 2 of 2: the output")
+    plan = json.loads(cli("plan", path, "-o", "json").out)
+    assert [stage["name"] for stage in plan["stages"]] == ["half"]
+    assert plan["stages"][0]["models"][0]["model"] == "a" and plan["models"][0]["model"] == "half"
+    wrong = cli.recipe(STAGES.replace("model: half", "model: hlaf"), "wrong.yaml")
+    assert "wrong.yaml:11:12" in cli("merge", wrong, "out", expect=NOT_FOUND).err
+    circle = cli.recipe(STAGES.replace("model: b", "model: half"), "circle.yaml")
+    assert "circle.yaml:6:12: documents depend on each other in a circle" in cli("merge", circle, "out", expect=USAGE).err
+    assert not (cli.folder / "out").exists() and not (cli.folder / "out.stages").exists()
+
+
 # The other commands -----------------------------------------------------------------------------
 
 
@@ -631,6 +672,17 @@ def test_submit_from_here_merges_here(cli, models, server):
     assert cli("jobs", "watch", job, "-s", server, "-q").out == f"{cli.folder}/remote\n"
     assert "deleted" in cli("jobs", "delete", job, "-s", server).out
     assert job in cli("jobs", "get", job, "-s", server, expect=NOT_FOUND).err
+
+
+def test_a_server_merges_stages(cli, models, server):
+    recipe = cli.recipe(STAGES)
+    cli("merge", recipe, "local")
+    cli("submit", recipe, "remote", "--server", server, "--wait")
+    assert cli.hashes("remote") == cli.hashes("local")
+    assert not (cli.folder / "remote.stages").exists()
+    manifest = json.loads((cli.folder / "remote/pewter_manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == ["half"]
+    assert manifest["stages"][0]["inputs"][0]["model"] == str(cli.folder / "a")
 
 
 def test_a_failed_job_has_the_exit_code_of_a_local_merge(cli, models, server):

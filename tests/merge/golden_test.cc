@@ -47,7 +47,7 @@ std::vector<Case> Cases() {
       const std::string id = entry.path().filename();
       if (NotOurs().contains(id) || !fs::exists(entry.path() / "recipe.yml")) continue;
       const json meta = json::parse(ReadFile(entry.path() / "meta.json"));
-      if (meta["tool"] != "mergekit-yaml") continue;
+      if (meta["tool"] != "mergekit-yaml" && meta["tool"] != "mergekit-multi") continue;
       const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(entry.path() / "recipe.yml"));
       const bool is_error = meta["compare"]["mode"] == "error";
       if (!is_error && recipe.ok() && !FindMethod(recipe->merge_method).ok()) continue;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "merge/recipe/referenced_models.h"
 #include "tests/support/matchers.h"
 
 namespace pewter {
@@ -301,7 +302,8 @@ INSTANTIATE_TEST_SUITE_P(
                 "`arithmetic` is not supported"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: {shard_size: 5GB}\n",
                 "recipe:3:1", "`output` is not supported"},
-        Refused{"a: 1\n---\nb: 2\n", "recipe:2:1", "second document"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n...\nmerge_method: linear\n",
+                "recipe:4:1", "second document"},
         Refused{"merge_method: [\n", "recipe:2:1", "not YAML"},
         Refused{"a: *nowhere\n", "recipe:1:4", "not YAML"},
         Refused{"a: &x [1, *x]\n", "recipe:1:11", "alias inside"},
@@ -364,6 +366,121 @@ TEST(RecipeTest, Overrides) {
   fails("merge_method.x", "1", "inside");
   fails("dtype", "[", "not YAML");
   fails("dtype", "7", "bfloat16");
+}
+
+// Two stages of which the second is made from the first, then the output.
+constexpr char kStages[] =
+    "# three documents\n"
+    "---\n"
+    "name: second\n"
+    "merge_method: linear\n"
+    "models: [{model: first}, {model: ./c}]\n"
+    "---  # the output\n"
+    "merge_method: slerp\n"
+    "base_model: second\n"
+    "models: [{model: first}]\n"
+    "parameters: {t: 0.5}\n"
+    "---\n"
+    "name: first\n"
+    "merge_method: linear\n"
+    "models: [{model: ./a}, {model: ./b}]\n";
+
+std::vector<std::string> StageNames(const Recipe& recipe) {
+  std::vector<std::string> names;
+  for (const Recipe& stage : recipe.stages) names.push_back(stage.name);
+  return names;
+}
+
+TEST(RecipeTest, DocumentsBecomeStages) {
+  const auto recipe = Parse(kStages);
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->merge_method, "slerp");
+  EXPECT_EQ(recipe->text, kStages);
+  EXPECT_EQ(recipe->merge_method_at.ToString(), "recipe:7:15");
+  EXPECT_THAT(StageNames(*recipe), ElementsAre("first", "second"));
+  EXPECT_EQ(recipe->stages[0].text,
+            "---\nname: first\nmerge_method: linear\nmodels: [{model: ./a}, {model: ./b}]\n");
+  EXPECT_THAT(recipe->stages[1].text, StartsWith("# three documents\n---\nname: second"));
+  EXPECT_EQ(recipe->stages[1].at.ToString(), "recipe:3:1");
+  EXPECT_THAT(recipe->warnings, IsEmpty());
+  std::vector<std::string> models;
+  for (const ModelRef& model : ReferencedModels(*recipe)) models.push_back(model.path);
+  EXPECT_THAT(models, ElementsAre("./a", "./b", "./c"));
+}
+
+TEST(RecipeTest, TheOutputMayHaveAName) {
+  const auto recipe = Parse(
+      "name: end\nmerge_method: linear\nmodels: [{model: linear}]\n---\n"
+      "name: linear\nmerge_method: linear\nmodels: [{model: ./a}]\n");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->name, "end");
+  // Only references to models are references to stages.
+  EXPECT_EQ(recipe->merge_method, "linear");
+  EXPECT_THAT(StageNames(*recipe), ElementsAre("linear"));
+}
+
+TEST(RecipeTest, DocumentsWithoutContentAreLeftOut) {
+  const auto recipe = Parse(With("---\n# nothing\n---\n"));
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_THAT(recipe->stages, IsEmpty());
+  // "---" begins a document only where a line begins with it, alone.
+  const auto text = Parse(With("parameters: {p: 'a\n  --- b'}\n"));
+  ASSERT_THAT(text, IsOk());
+  EXPECT_EQ(text->parameters.at("p").cases[0].values[0], ParamScalar("a --- b"));
+  const auto name = Parse(With("name: x\n"));
+  ASSERT_THAT(name, IsOk());
+  EXPECT_THAT(name->warnings, ElementsAre(StartsWith("recipe:5:7: `name` means something only")));
+}
+
+TEST(RecipeTest, WhatNothingDependsOnIsWarnedOf) {
+  const auto recipe = Parse(With("---\n" + With("name: x\nmodel: y\n")));
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_THAT(recipe->warnings, ElementsAre(HasSubstr("recipe:11:1: key \"model\""),
+                                            HasSubstr("recipe:10:7: nothing depends on \"x\"")));
+}
+
+TEST(RecipeTest, WrongStagesAreRefused) {
+  const auto stage = [](absl::string_view name, absl::string_view models) {
+    return absl::StrCat("merge_method: linear\nmodels: [", models, "]\nname: ", name, "\n---\n");
+  };
+  const std::string a = "{model: ./a}";
+  const std::string output = With("");
+  EXPECT_THAT(Parse(output + "---\n" + output), InvalidAt("recipe:6:1", "recipe:1:1"));
+  EXPECT_THAT(Parse(stage("x", a) + stage("x", a) + output),
+              InvalidAt("recipe:7:7", "called \"x\"; the other is at recipe:3:7"));
+  for (const char* name : {"a/b", ".", "..", ".x", "a@b", "a+b", "\"a b\""}) {
+    EXPECT_THAT(Parse(stage(name, a) + output), InvalidAt("recipe:3:7", "letters, digits"));
+  }
+  EXPECT_THAT(Parse(stage("[x]", a) + output), InvalidAt("recipe:3:7", "`name` must be text"));
+  EXPECT_THAT(Parse(stage("x", "{model: y}") + stage("y", "{model: x}") + output),
+              InvalidAt("recipe:6:18", "circle: x <- y <- x"));
+  EXPECT_THAT(Parse(stage("x", "{model: x}") + output), InvalidAt("recipe:2:18", "x <- x"));
+  EXPECT_THAT(Parse(stage("x", "{model: y@v1}") + stage("y", a) + output),
+              InvalidAt("recipe:2:18", "no revision"));
+  EXPECT_THAT(Parse(stage("x", a) + stage("y", a)),
+              InvalidAt("recipe:1:1", "depends on any of x, y"));
+  std::string many;
+  for (int i = 0; i < 65; ++i) absl::StrAppend(&many, stage(absl::StrCat("s", i), a));
+  EXPECT_THAT(Parse(many), InvalidAt("recipe:256:1", "at most 64 documents"));
+  EXPECT_THAT(Parse(stage("x", a) + "merge_method: linear\nmodels: 3\n"),
+              InvalidAt("recipe:6:9", "a list"));
+  EXPECT_THAT(Parse(stage("x", a) + "a: \xff\n"), InvalidAt("recipe:5:4", "not UTF-8"));
+}
+
+TEST(RecipeTest, OverridesOfStages) {
+  const auto recipe = ParseRecipe(
+      kStages,
+      {{"first/dtype", "float16"}, {"dtype", "bfloat16"}, {"second/models.1.model", "first"}});
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->dtype, DType::kBF16);
+  EXPECT_EQ(recipe->overrides.size(), 3u);
+  EXPECT_EQ(recipe->stages[0].dtype, DType::kF16);
+  EXPECT_EQ(recipe->stages[0].overrides.size(), 1u);
+  EXPECT_EQ(recipe->stages[1].modules[0].slices[0].sources[1].model.path, "first");
+  EXPECT_THAT(ParseRecipe(kStages, {{"fist/dtype", "float16"}}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("first")));
+  EXPECT_THAT(ParseRecipe(kStages, {{"first/base_model", "second"}}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("circle")));
 }
 
 TEST(RecipeTest, ParsesModelRefs) {
