@@ -62,6 +62,8 @@ class Buffer {
   virtual int64_t bytes() const = 0;
 };
 
+class LinearAlgebra;  // kernels/linear_algebra.h
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -101,6 +103,9 @@ class Backend {
   virtual absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
                                           const SiftWindow& window,
                                           absl::Span<SiftCandidate> candidates) = 0;
+
+  // Owned by the backend. FailedPrecondition when the libraries for it cannot be loaded.
+  virtual absl::StatusOr<LinearAlgebra*> linear_algebra() = 0;
 };
 
 // True as soon as one element of a floating host view is NaN or infinite; `*at` is then its index.

@@ -13,6 +13,7 @@
 #include "absl/strings/strip.h"
 #include "base/status.h"
 #include "kernels/arguments.h"
+#include "kernels/cpu/linear_algebra.h"
 #include "kernels/cpu/thread_pool.h"
 
 namespace pewter::kernels::cpu {
@@ -205,6 +206,11 @@ class CpuBackend : public Backend {
     return total;
   }
 
+  absl::StatusOr<LinearAlgebra*> linear_algebra() override {
+    if (linear_algebra_ == nullptr) linear_algebra_ = MakeLinearAlgebra(pool_);
+    return linear_algebra_.get();
+  }
+
  private:
   // fn(first element, elements, thread), on all threads when there are several pieces.
   template <class F>
@@ -220,6 +226,7 @@ class CpuBackend : public Backend {
 
   const KernelTable& table_;
   ThreadPool pool_;
+  std::unique_ptr<LinearAlgebra> linear_algebra_;
 };
 
 }  // namespace

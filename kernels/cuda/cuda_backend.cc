@@ -13,13 +13,13 @@
 #include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "kernels/arguments.h"
+#include "kernels/cuda/linear_algebra.h"
 #include "kernels/cuda/plugin.h"
 
 namespace pewter::kernels::cuda {
 namespace {
 
 constexpr char kLibrary[] = "libpewter_cuda.so";
-constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
 
 std::vector<std::string> Candidates() {
   if (const char* path = std::getenv("PEWTER_CUDA_LIBRARY")) return {path};
@@ -57,13 +57,6 @@ absl::StatusOr<const Plugin*> Load() {
 const absl::StatusOr<const Plugin*>& ThePlugin() {
   static const absl::StatusOr<const Plugin*> plugin = Load();
   return plugin;
-}
-
-absl::Status ToStatus(const Plugin& plugin, int error, absl::string_view doing) {
-  if (error == 0) return absl::OkStatus();
-  const std::string message = absl::StrCat(doing, ": ", plugin.describe(error));
-  return error == kOutOfMemory ? absl::ResourceExhaustedError(message)
-                               : absl::UnavailableError(message);
 }
 
 class CudaBuffer : public Buffer {
@@ -173,6 +166,14 @@ class CudaBackend : public Backend {
     return call.counts;
   }
 
+  absl::StatusOr<LinearAlgebra*> linear_algebra() override {
+    if (linear_algebra_ == nullptr) {
+      RETURN_IF_ERROR(Status(plugin_.open_linear_algebra(stream_), "dense linear algebra"));
+      linear_algebra_ = MakeLinearAlgebra(plugin_, stream_, name());
+    }
+    return linear_algebra_.get();
+  }
+
  private:
   absl::Status Status(int error, absl::string_view doing) const {
     return Annotate(ToStatus(plugin_, error, doing), name());
@@ -182,6 +183,7 @@ class CudaBackend : public Backend {
   const int ordinal_;
   Stream* const stream_;
   const std::string description_;
+  std::unique_ptr<LinearAlgebra> linear_algebra_;
 };
 
 }  // namespace

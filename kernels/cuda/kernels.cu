@@ -15,20 +15,10 @@
 #include <variant>
 
 #include "kernels/cuda/plugin.h"
+#include "kernels/cuda/stream.h"
 #include "kernels/ops/float_formats.h"
 
 namespace pewter::kernels::cuda {
-
-struct Stream {
-  int ordinal = 0;
-  cudaStream_t stream = nullptr;
-  int processors = 0;
-  bool shared_bins = false;  // a histogram's bins fit in shared memory
-  // Scratch for results that go to the host: the same size in both memories.
-  void* device_scratch = nullptr;
-  void* host_scratch = nullptr;
-  int64_t scratch_bytes = 0;
-};
 
 namespace {
 
@@ -40,14 +30,6 @@ constexpr int kHistogramThreads = 1024;
 // The sign is cleared, so the first digit has half the bins.
 constexpr int kFirstBins = kRadixBins / 2;
 constexpr int kSharedBinBytes = kFirstBins * sizeof(uint32_t);
-
-#define RETURN_IF_CUDA_ERROR(call)                                  \
-  do {                                                              \
-    if (const cudaError_t error_ = (call); error_ != cudaSuccess) { \
-      cudaGetLastError();                                           \
-      return error_;                                                \
-    }                                                               \
-  } while (false)
 
 // --- Lanes (kernels/ops/op.h) -------------------------------------------------------------------
 
@@ -740,7 +722,10 @@ int Sift(Stream* stream, SiftCall* call) {
 
 // --- Devices, memory, streams -------------------------------------------------------------------
 
-const char* Describe(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* Describe(int error) {
+  return error >= kLibrariesMissing ? DescribeLinearAlgebra(error)
+                                    : cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 int DeviceCount(int* count) {
   RETURN_IF_CUDA_ERROR(cudaGetDeviceCount(count));
@@ -758,6 +743,7 @@ void Close(Stream* stream) {
   cudaSetDevice(stream->ordinal);
   if (stream->stream != nullptr) {
     cudaStreamSynchronize(stream->stream);
+    CloseLinearAlgebra(stream);
     cudaStreamDestroy(stream->stream);
   }
   cudaFree(stream->device_scratch);
@@ -850,7 +836,13 @@ constexpr Plugin kPlugin = {.describe = &Describe,
                             .map = &Map,
                             .reduce = &Reduce,
                             .histogram = &Histogram,
-                            .sift = &Sift};
+                            .sift = &Sift,
+                            .open_linear_algebra = &OpenLinearAlgebra,
+                            .multiply = &Multiply,
+                            .eigen = &Eigen,
+                            .svd = &Svd,
+                            .qr = &Qr,
+                            .solve_pos_def = &SolvePosDef};
 
 }  // namespace
 

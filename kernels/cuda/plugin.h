@@ -2,8 +2,8 @@
 // loaded at run time: so pewter starts on machines without it and nothing is paid for it there.
 //
 // The library exports one function, pewter_cuda_plugin, which gives a table of functions. They
-// return 0 or a cudaError_t and throw nothing. Work of one Stream is ordered; a Stream is used by
-// one thread at a time.
+// return 0, a cudaError_t or a LinearError and throw nothing. Work of one Stream is ordered; a
+// Stream is used by one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace pewter::kernels::cuda {
 // Raise the number whenever a struct or the meaning of a function here, or an op's meaning,
 // changes; a change of an op's layout changes the value by itself.
 inline constexpr uint64_t kPluginAbi =
-    (uint64_t{3} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
+    (uint64_t{4} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
 
 struct Stream;
 
@@ -70,6 +70,45 @@ struct SiftCall {
   SiftCounts counts;          // set
 };
 
+// Dense linear algebra, as kernels/linear_algebra.h says; matrices are device memory, row-major.
+struct MatrixArg {
+  void* data;         // only read where it is an input
+  const void* minus;  // or null
+  DType dtype;        // F64 for outputs
+  int64_t rows, columns, stride;
+};
+
+// c = alpha op(a) op(b) + beta c.
+struct MultiplyCall {
+  bool transpose_a, transpose_b;
+  MatrixArg a, b, c;
+  double alpha, beta;
+  bool mirror;  // c is symmetric: its lower triangle is copied to the upper one
+};
+struct EigenCall {
+  MatrixArg a;
+  double* values;  // host
+};
+struct SvdCall {
+  MatrixArg a, u, vt;
+  double* values;  // host
+};
+struct QrCall {
+  MatrixArg a, r;
+};
+struct SolveCall {
+  MatrixArg a, b;
+};
+
+// Beyond every cudaError_t.
+enum LinearError : int {
+  kLibrariesMissing = 100000,  // cuBLAS or cuSOLVER cannot be loaded
+  kNotFinite,
+  kNotConverged,
+  kNotPositiveDefinite,
+  kLibraryFailed,
+};
+
 struct Plugin {
   const char* (*describe)(int error);
   int (*device_count)(int* count);
@@ -92,6 +131,14 @@ struct Plugin {
   int (*reduce)(Stream* stream, const ReduceCall* call);
   int (*histogram)(Stream* stream, const HistogramCall* call);
   int (*sift)(Stream* stream, SiftCall* call);
+
+  // The libraries are loaded with the first open_linear_algebra; the others come after it.
+  int (*open_linear_algebra)(Stream* stream);
+  int (*multiply)(Stream* stream, const MultiplyCall* call);
+  int (*eigen)(Stream* stream, const EigenCall* call);
+  int (*svd)(Stream* stream, const SvdCall* call);
+  int (*qr)(Stream* stream, const QrCall* call);
+  int (*solve_pos_def)(Stream* stream, const SolveCall* call);
 };
 
 // Null when the library was built for another kPluginAbi.

@@ -1,0 +1,292 @@
+#include "kernels/cpu/linear_algebra.h"
+
+#include <cblas.h>
+#include <lapack.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "kernels/backend.h"
+#include "kernels/linear_algebra_arguments.h"
+
+namespace pewter::kernels::cpu {
+namespace {
+
+// A product is cut into squares of this side, also along the sum: two operands and the result stay
+// in a core's cache, and widening them is a small share of multiplying. Never depends on threads.
+constexpr int64_t kBlock = 512;
+
+// Some builds of the library have threads of their own, whose number changes the bits.
+void UseOneThread() {
+  static const bool once = [] {
+    openblas_set_num_threads(1);
+    return true;
+  }();
+  (void)once;
+}
+
+absl::Status NotConverged(absl::string_view what, lapack_int info) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("the ", what, " did not converge (", info, ")"));
+}
+
+bool Finite(const Matrix& m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    // A sum is NaN or infinite if a term is; it may also overflow, so look closer then.
+    const double* const row = m.data + i * m.stride;
+    double sum = 0;
+    for (int64_t j = 0; j < m.columns; ++j) sum += row[j];
+    if (!std::isfinite(sum) &&
+        !std::all_of(row, row + m.columns, [](double x) { return std::isfinite(x); })) {
+      return false;
+    }
+  }
+  return true;
+}
+
+absl::Status CheckFinite(const Matrix& m) {
+  if (Finite(m)) return absl::OkStatus();
+  return absl::FailedPreconditionError("a matrix that is to be factored has values not finite");
+}
+
+// Elements [row, row + rows) x [column, column + columns) of `m`, widened into `scratch` where they
+// are not double already. `stride` is that of the result.
+const double* Widen(const ConstMatrix& m, int64_t row, int64_t rows, int64_t column,
+                    int64_t columns, std::vector<double>& scratch, int64_t* stride) {
+  const int64_t width = ByteWidth(m.dtype);
+  const auto at = [&](const void* data, int64_t i) {
+    return static_cast<const char*>(data) + ((row + i) * m.stride + column) * width;
+  };
+  if (m.dtype == DType::kF64 && m.minus == nullptr) {
+    *stride = m.stride;
+    return static_cast<const double*>(m.data) + row * m.stride + column;
+  }
+  scratch.resize(kBlock * kBlock + kBlock);
+  double* const subtracted = scratch.data() + kBlock * kBlock;
+  for (int64_t i = 0; i < rows; ++i) {
+    double* const to = scratch.data() + i * columns;
+    Convert({at(m.data, i), m.dtype, columns}, {to, DType::kF64, columns});
+    if (m.minus == nullptr) continue;
+    Convert({at(m.minus, i), m.dtype, columns}, {subtracted, DType::kF64, columns});
+    for (int64_t j = 0; j < columns; ++j) to[j] -= subtracted[j];
+  }
+  *stride = columns;
+  return scratch.data();
+}
+
+// Fixes the sign of row-major `vectors` (and of `partners` with them) as linear_algebra.h says.
+// `by_column`: a vector is a column.
+void FixSigns(const Matrix& vectors, bool by_column, const Matrix* partners) {
+  const int64_t count = by_column ? vectors.columns : vectors.rows;
+  const int64_t length = by_column ? vectors.rows : vectors.columns;
+  const int64_t next = by_column ? vectors.stride : 1;
+  for (int64_t v = 0; v < count; ++v) {
+    double* const first = vectors.data + (by_column ? v : v * vectors.stride);
+    int64_t largest = 0;
+    for (int64_t i = 1; i < length; ++i) {
+      if (std::abs(first[i * next]) > std::abs(first[largest * next])) largest = i;
+    }
+    if (length == 0 || !(first[largest * next] < 0)) continue;
+    for (int64_t i = 0; i < length; ++i) first[i * next] = -first[i * next];
+    if (partners == nullptr) continue;
+    double* const partner = partners->data + v * partners->stride;
+    for (int64_t i = 0; i < partners->columns; ++i) partner[i] = -partner[i];
+  }
+}
+
+// LAPACK is column-major: it sees the transpose of a row-major matrix, and every call below is
+// about that.
+lapack_int Int(int64_t value) { return static_cast<lapack_int>(value); }
+lapack_int Stride(const Matrix& m) { return Int(std::max<int64_t>(m.stride, 1)); }
+
+absl::Status Eigen(const LinearAlgebra::EigenProblem& problem) {
+  const Matrix& a = problem.a;
+  const int64_t n = a.rows;
+  problem.values->assign(n, 0);
+  if (n == 0) return absl::OkStatus();
+  // The lower triangle of the rows is the upper one of LAPACK's columns. The other may hold
+  // anything, so only this is looked at.
+  for (int64_t i = 0; i < n; ++i)
+    RETURN_IF_ERROR(CheckFinite({a.data + i * a.stride, 1, i + 1, n}));
+  const lapack_int order = Int(n), stride = Stride(a);
+  const lapack_int work_size = Int(1 + 6 * n + 2 * n * n), int_work_size = Int(3 + 5 * n);
+  std::vector<double> work(work_size);
+  std::vector<lapack_int> int_work(int_work_size);
+  lapack_int info = 0;
+  LAPACK_dsyevd("V", "U", &order, a.data, &stride, problem.values->data(), work.data(), &work_size,
+                int_work.data(), &int_work_size, &info);
+  if (info != 0) return NotConverged("eigenvalue iteration", info);
+  std::reverse(problem.values->begin(), problem.values->end());
+  for (int64_t i = 0; i < n / 2; ++i) {
+    double* const row = a.data + i * a.stride;
+    std::swap_ranges(row, row + n, a.data + (n - 1 - i) * a.stride);
+  }
+  FixSigns(a, /*by_column=*/false, nullptr);
+  return absl::OkStatus();
+}
+
+absl::Status SvdOf(const LinearAlgebra::SvdProblem& problem) {
+  const Matrix& a = problem.a;
+  const int64_t k = std::min(a.rows, a.columns);
+  problem.values->assign(k, 0);
+  if (k == 0) return absl::OkStatus();
+  RETURN_IF_ERROR(CheckFinite(a));
+  // a^T = V S U^T: LAPACK's left vectors are the columns of vt^T, its right ones the rows of u^T.
+  const lapack_int rows = Int(a.columns), columns = Int(a.rows);
+  const lapack_int a_stride = Stride(a), u_stride = Stride(problem.u),
+                   vt_stride = Stride(problem.vt);
+  std::vector<lapack_int> int_work(8 * k);
+  lapack_int info = 0, work_size = -1;
+  double wanted = 0;
+  const auto call = [&](double* work) {
+    LAPACK_dgesdd("S", &rows, &columns, a.data, &a_stride, problem.values->data(), problem.vt.data,
+                  &vt_stride, problem.u.data, &u_stride, work, &work_size, int_work.data(), &info);
+  };
+  call(&wanted);
+  work_size = static_cast<lapack_int>(wanted);
+  std::vector<double> work(work_size);
+  call(work.data());
+  if (info != 0) return NotConverged("singular value iteration", info);
+  FixSigns(problem.u, /*by_column=*/true, &problem.vt);
+  return absl::OkStatus();
+}
+
+// Runs fn on each item and gives the error of the first that has one.
+template <class F>
+absl::Status ForEach(ThreadPool& pool, int64_t count, const F& fn) {
+  std::vector<absl::Status> statuses(count);
+  pool.ForEach(count, [&](int64_t item, int thread) { statuses[item] = fn(item, thread); });
+  for (const absl::Status& status : statuses) RETURN_IF_ERROR(status);
+  return absl::OkStatus();
+}
+
+class CpuLinearAlgebra : public LinearAlgebra {
+ public:
+  explicit CpuLinearAlgebra(ThreadPool& pool) : pool_(pool) { UseOneThread(); }
+
+  absl::Status Gemm(Transpose transpose_a, const ConstMatrix& a, Transpose transpose_b,
+                    const ConstMatrix& b, double alpha, double beta, Matrix c) override {
+    RETURN_IF_ERROR(CheckGemm(transpose_a, a, transpose_b, b, c));
+    Multiply(transpose_a == Transpose::kYes, a, transpose_b == Transpose::kYes, b, alpha, beta, c,
+             /*lower_only=*/false);
+    return absl::OkStatus();
+  }
+
+  absl::Status Gram(Transpose transpose, const ConstMatrix& a, double beta, Matrix g) override {
+    RETURN_IF_ERROR(CheckGram(transpose, a, g));
+    const bool columns = transpose == Transpose::kYes;
+    Multiply(columns, a, !columns, a, 1, beta, g, /*lower_only=*/true);
+    for (int64_t i = 0; i < g.rows; ++i) {
+      for (int64_t j = 0; j < i; ++j) g.data[j * g.stride + i] = g.data[i * g.stride + j];
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status SymmetricEigen(absl::Span<const EigenProblem> problems) override {
+    for (const EigenProblem& problem : problems) RETURN_IF_ERROR(CheckEigen(problem));
+    return ForEach(pool_, problems.size(), [&](int64_t i, int) { return Eigen(problems[i]); });
+  }
+
+  absl::Status Svd(absl::Span<const SvdProblem> problems) override {
+    for (const SvdProblem& problem : problems) RETURN_IF_ERROR(CheckSvd(problem));
+    return ForEach(pool_, problems.size(), [&](int64_t i, int) { return SvdOf(problems[i]); });
+  }
+
+  absl::Status QrFactor(Matrix a, Matrix r) override {
+    RETURN_IF_ERROR(CheckQr(a, r));
+    const int64_t k = r.rows;
+    if (k == 0) return absl::OkStatus();
+    RETURN_IF_ERROR(CheckFinite(a));
+    // a^T = L Q, so a = Q^T L^T.
+    const lapack_int rows = Int(a.columns), columns = Int(a.rows), count = Int(k);
+    const lapack_int stride = Stride(a);
+    const lapack_int work_size = Int(64 * std::max(a.rows, a.columns));
+    std::vector<double> work(work_size), tau(k);
+    lapack_int info = 0;
+    LAPACK_dgelqf(&rows, &columns, a.data, &stride, tau.data(), work.data(), &work_size, &info);
+    if (info != 0) return absl::InternalError(absl::StrCat("dgelqf: ", info));
+    for (int64_t i = 0; i < k; ++i) {
+      double* const row = r.data + i * r.stride;
+      std::fill(row, row + i, 0.0);
+      std::copy(a.data + i * a.stride + i, a.data + i * a.stride + a.columns, row + i);
+    }
+    LAPACK_dorglq(&count, &columns, &count, a.data, &stride, tau.data(), work.data(), &work_size,
+                  &info);
+    if (info != 0) return absl::InternalError(absl::StrCat("dorglq: ", info));
+    return absl::OkStatus();
+  }
+
+  absl::Status SolvePosDef(Matrix a, Matrix b) override {
+    RETURN_IF_ERROR(CheckSolve(a, b));
+    const int64_t n = a.rows;
+    if (n == 0 || b.columns == 0) return absl::OkStatus();
+    for (int64_t i = 0; i < n; ++i) {
+      RETURN_IF_ERROR(CheckFinite({a.data + i * a.stride, 1, i + 1, n}));
+    }
+    const lapack_int order = Int(n), stride = Stride(a);
+    lapack_int info = 0;
+    LAPACK_dpotrf("U", &order, a.data, &stride, &info);
+    if (info != 0) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the matrix is not positive definite (leading minor ", info, ")"));
+    }
+    for (const CBLAS_TRANSPOSE transpose : {CblasNoTrans, CblasTrans}) {
+      cblas_dtrsm(CblasRowMajor, CblasLeft, CblasLower, transpose, CblasNonUnit, Int(n),
+                  Int(b.columns), 1, a.data, stride, b.data, Stride(b));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  void Multiply(bool transpose_a, const ConstMatrix& a, bool transpose_b, const ConstMatrix& b,
+                double alpha, double beta, const Matrix& c, bool lower_only) {
+    const int64_t inner = transpose_a ? a.rows : a.columns;
+    const int64_t down = (c.rows + kBlock - 1) / kBlock, across = (c.columns + kBlock - 1) / kBlock;
+    struct Scratch {
+      std::vector<double> a, b;
+    };
+    std::vector<Scratch> scratch(pool_.threads());
+    pool_.ForEach(down * across, [&](int64_t item, int thread) {
+      const int64_t i = item / across * kBlock, j = item % across * kBlock;
+      if (lower_only && j > i) return;
+      const int64_t rows = std::min(kBlock, c.rows - i), columns = std::min(kBlock, c.columns - j);
+      double* const to = c.data + i * c.stride + j;
+      for (int64_t row = 0; row < rows; ++row) {
+        double* const begin = to + row * c.stride;
+        if (beta == 0) {
+          std::fill(begin, begin + columns, 0.0);
+        } else if (beta != 1) {
+          for (int64_t column = 0; column < columns; ++column) begin[column] *= beta;
+        }
+      }
+      for (int64_t k = 0; k < inner; k += kBlock) {
+        const int64_t depth = std::min(kBlock, inner - k);
+        int64_t a_stride = 0, b_stride = 0;
+        const double* const left = transpose_a
+                                       ? Widen(a, k, depth, i, rows, scratch[thread].a, &a_stride)
+                                       : Widen(a, i, rows, k, depth, scratch[thread].a, &a_stride);
+        const double* const right =
+            transpose_b ? Widen(b, j, columns, k, depth, scratch[thread].b, &b_stride)
+                        : Widen(b, k, depth, j, columns, scratch[thread].b, &b_stride);
+        cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
+                    transpose_b ? CblasTrans : CblasNoTrans, Int(rows), Int(columns), Int(depth),
+                    alpha, left, Int(a_stride), right, Int(b_stride), 1, to, Int(c.stride));
+      }
+    });
+  }
+
+  ThreadPool& pool_;
+};
+
+}  // namespace
+
+std::unique_ptr<LinearAlgebra> MakeLinearAlgebra(ThreadPool& pool) {
+  return std::make_unique<CpuLinearAlgebra>(pool);
+}
+
+}  // namespace pewter::kernels::cpu
