@@ -12,10 +12,13 @@ namespace pewter::kernels {
 
 // Internal, naming what does not fit.
 absl::Status CheckMap(const MapOp& op, absl::Span<const ConstView> in, View out, int64_t first);
-absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first);
-absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
-                            absl::Span<const uint64_t> bins);
-absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first,
+                         int64_t block);
+absl::Status CheckReduceColumns(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first,
+                                int64_t columns);
+absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
+                            RadixLevel level, absl::Span<const uint64_t> bins);
+absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
                        absl::Span<const SiftCandidate> candidates);
 
 template <class Variant>
@@ -23,9 +26,9 @@ const void* OpAddress(const Variant& op) {
   return std::visit([](const auto& held) -> const void* { return &held; }, op);
 }
 
-// Reduction blocks that elements [first, first + size) touch.
-inline int64_t ReduceBlocks(int64_t first, int64_t size) {
-  return size == 0 ? 0 : (first + size - 1) / kReduceBlock - first / kReduceBlock + 1;
+// Blocks of `block` elements that elements [first, first + size) touch.
+inline int64_t BlocksTouched(int64_t first, int64_t size, int64_t block) {
+  return size == 0 ? 0 : (first + size - 1) / block - first / block + 1;
 }
 
 }  // namespace pewter::kernels

@@ -30,15 +30,23 @@ absl::Status CheckInputs(int wanted, absl::Span<const ConstView> in, int64_t fir
   return absl::OkStatus();
 }
 
+// What all kinds of ops ask of their inputs.
 template <class Op>
-int InputsOf(const Op& op) {
-  return std::visit([](const auto& held) { return held.inputs(); }, op);
+absl::Status CheckOp(const Op& op, absl::Span<const ConstView> in, int64_t first) {
+  RETURN_IF_ERROR(
+      CheckInputs(std::visit([](const auto& held) { return held.inputs(); }, op), in, first));
+  const int64_t row = std::visit([](const auto& held) { return WholeRows(held); }, op);
+  if (row > 0 && (first % row != 0 || in[0].size % row != 0)) {
+    return absl::InternalError(
+        absl::StrCat(in[0].size, " elements from ", first, " on are not whole rows of ", row));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
 
 absl::Status CheckMap(const MapOp& op, absl::Span<const ConstView> in, View out, int64_t first) {
-  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, first));
+  RETURN_IF_ERROR(CheckOp(op, in, first));
   if (out.size != in[0].size || !IsFloat(out.dtype)) {
     return absl::InternalError(absl::StrCat("an output of ", out.size, " ",
                                             SafetensorsName(out.dtype), " for inputs of ",
@@ -47,13 +55,26 @@ absl::Status CheckMap(const MapOp& op, absl::Span<const ConstView> in, View out,
   return absl::OkStatus();
 }
 
-absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first) {
-  return CheckInputs(InputsOf(op), in, first);
+absl::Status CheckReduce(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first,
+                         int64_t block) {
+  RETURN_IF_ERROR(CheckOp(op, in, first));
+  if (block < 1) return absl::InternalError(absl::StrCat("a block of ", block, " elements"));
+  return absl::OkStatus();
 }
 
-absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
-                            absl::Span<const uint64_t> bins) {
-  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, 0));
+absl::Status CheckReduceColumns(const ReduceOp& op, absl::Span<const ConstView> in, int64_t first,
+                                int64_t columns) {
+  RETURN_IF_ERROR(CheckReduce(op, in, first, columns));
+  if (first % columns != 0 || in[0].size % columns != 0) {
+    return absl::InternalError(
+        absl::StrCat(in[0].size, " elements from ", first, " on in ", columns, " columns"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
+                            RadixLevel level, absl::Span<const uint64_t> bins) {
+  RETURN_IF_ERROR(CheckOp(op, in, first));
   const int levels = in[0].dtype == DType::kF64 ? 4 : 2;
   if (level.level < 0 || level.level >= levels) {
     return absl::InternalError(absl::StrCat("radix level ", level.level, " of ", levels));
@@ -64,10 +85,9 @@ absl::Status CheckHistogram(const MagnitudeOp& op, absl::Span<const ConstView> i
   return absl::OkStatus();
 }
 
-absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in,
+absl::Status CheckSift(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
                        absl::Span<const SiftCandidate> candidates) {
-  RETURN_IF_ERROR(CheckInputs(InputsOf(op), in, 0));
-  if (in[0].dtype == DType::kF64) return absl::InternalError("F64 magnitudes cannot be sifted");
+  RETURN_IF_ERROR(CheckOp(op, in, first));
   if (static_cast<int64_t>(candidates.size()) < in[0].size || in[0].size > UINT32_MAX) {
     return absl::InternalError(
         absl::StrCat("room for ", candidates.size(), " candidates of ", in[0].size));

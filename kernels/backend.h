@@ -92,16 +92,27 @@ class Backend {
   // kReduceBlock elements, counted from element 0 of the tensor, that the views touch. The order
   // within a block is fixed (kernels/ops/reduce_ops.h), so the values do not depend on threads or
   // device, nor on the tiling when views start at multiples of kReduceBlock.
-  virtual absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op,
-                                                     absl::Span<const ConstView> in,
-                                                     int64_t first) = 0;
-  // Adds the counts of the level's digit of op(x) to `bins` (kRadixBins of them).
+  // With another `block`, a number of elements, likewise for blocks of that size.
+  absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op, absl::Span<const ConstView> in,
+                                             int64_t first) {
+    return ReduceBlocks(op, in, first, kReduceBlock);
+  }
+  virtual absl::StatusOr<std::vector<double>> ReduceBlocks(const ReduceOp& op,
+                                                           absl::Span<const ConstView> in,
+                                                           int64_t first, int64_t block) = 0;
+  // Sums along the columns of views that hold whole rows of `columns` elements: value t * columns +
+  // c is term t of column c.
+  virtual absl::StatusOr<std::vector<double>> ReduceColumns(const ReduceOp& op,
+                                                            absl::Span<const ConstView> in,
+                                                            int64_t first, int64_t columns) = 0;
+  // Adds the counts of the level's digit of op(x) to `bins` (kRadixBins of them). Element 0 of the
+  // views is element `first` of the tensor.
   virtual absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in,
-                                 RadixLevel level, absl::Span<uint64_t> bins) = 0;
+                                 int64_t first, RadixLevel level, absl::Span<uint64_t> bins) = 0;
   // Where op(x) lies with respect to the window. `candidates` has room for every element of the
-  // views; its first SiftCounts::candidates are set, in any order. Not for F64 inputs.
+  // views; its first SiftCounts::candidates are set, in any order.
   virtual absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
-                                          const SiftWindow& window,
+                                          int64_t first, const SiftWindow& window,
                                           absl::Span<SiftCandidate> candidates) = 0;
 
   // Owned by the backend. FailedPrecondition when the libraries for it cannot be loaded.

@@ -81,6 +81,20 @@ void ForEach(const Sifted& sifted, const F& f) {
   }
 }
 
+// Index after the nth magnitude of `tensor` that equals `value`, by a pass that counted those as
+// common.
+absl::StatusOr<int64_t> EndOfTies(MagnitudeScan& scan, int tensor, double value, int64_t nth,
+                                  std::vector<SiftedRun>& runs) {
+  std::sort(runs.begin(), runs.end(),
+            [](const SiftedRun& a, const SiftedRun& b) { return a.first < b.first; });
+  size_t at = 0;
+  for (; nth > runs[at].common; ++at) nth -= runs[at].common;
+  const int64_t first = runs[at].first;
+  const int64_t end = at + 1 < runs.size() ? runs[at + 1].first : scan.elements();
+  ASSIGN_OR_RETURN(const int64_t last, scan.FindEqual(tensor, first, end - first, value, nth));
+  return last + 1;
+}
+
 struct KthCandidate {
   float value = 0;
   int64_t ties = 0;              // how many of those equal to it belong to the k largest
@@ -92,9 +106,9 @@ KthCandidate FindKth(const Sifted& sifted, const SiftWindow& window, int64_t k) 
   // Magnitudes are ordered as their bits are. Bins over the window's range leave few to select
   // from.
   constexpr int kBins = 1 << 12;
-  const auto low = std::bit_cast<uint32_t>(window.low);
-  const int shift = std::max(
-      0, static_cast<int>(std::bit_width(std::bit_cast<uint32_t>(window.high) - low)) - 12);
+  const auto key = [](double value) { return std::bit_cast<uint32_t>(static_cast<float>(value)); };
+  const uint32_t low = key(window.low);
+  const int shift = std::max(0, static_cast<int>(std::bit_width(key(window.high) - low)) - 12);
   const auto bin_of = [=](float magnitude) {
     return (std::bit_cast<uint32_t>(magnitude) - low) >> shift;
   };
@@ -140,15 +154,8 @@ absl::StatusOr<std::optional<Threshold>> Resolve(MagnitudeScan& scan, int tensor
     threshold.value = window.common;
     rest -= above_common;
     if (AllTiesBelong(threshold.value, rest, common)) return threshold;
-    std::sort(sifted.runs.begin(), sifted.runs.end(),
-              [](const SiftedRun& a, const SiftedRun& b) { return a.first < b.first; });
-    size_t at = 0;
-    for (; rest > sifted.runs[at].common; ++at) rest -= sifted.runs[at].common;
-    const int64_t first = sifted.runs[at].first;
-    const int64_t end = at + 1 < sifted.runs.size() ? sifted.runs[at + 1].first : scan.elements();
     ASSIGN_OR_RETURN(threshold.ties_end,
-                     scan.FindEqual(tensor, first, end - first, threshold.value, rest));
-    ++threshold.ties_end;
+                     EndOfTies(scan, tensor, threshold.value, rest, sifted.runs));
     return threshold;
   }
 
@@ -221,29 +228,22 @@ absl::Status SelectByRadix(MagnitudeScan& scan, const std::vector<int>& tensors,
   // Where only some of the elements equal to a threshold belong, the index at which they end.
   std::vector<size_t> split;
   std::vector<int> split_tensors;
-  std::vector<double> values;
+  std::vector<SiftWindow> windows;
   for (size_t i = 0; i < selects.size(); ++i) {
     const RadixSelect& select = selects[i];
     thresholds[tensors[i]] = {.value = select.value(), .ties_end = scan.elements()};
     if (AllTiesBelong(select.value(), select.ties(), select.equal())) continue;
     split.push_back(i);
     split_tensors.push_back(tensors[i]);
-    values.push_back(select.value());
+    windows.push_back({.low = select.value(), .high = select.value(), .common = select.value()});
   }
   if (split.empty()) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const std::vector<double> equal, scan.CountEqual(split_tensors, values));
+  std::vector<Sifted> sifted(split.size());
+  RETURN_IF_ERROR(scan.Sift(split_tensors, windows, /*limit=*/0, absl::MakeSpan(sifted)));
   for (size_t s = 0; s < split.size(); ++s) {
-    int64_t ties = selects[split[s]].ties(), block = 0;
-    const auto equal_in = [&](int64_t b) {
-      return static_cast<int64_t>(equal[b * static_cast<int64_t>(split.size()) + s]);
-    };
-    for (; ties > equal_in(block); ++block) ties -= equal_in(block);
-    const int64_t first = block * kReduceBlock;
-    ASSIGN_OR_RETURN(
-        const int64_t last,
-        scan.FindEqual(split_tensors[s], first, std::min(kReduceBlock, scan.elements() - first),
-                       values[s], ties));
-    thresholds[split_tensors[s]].ties_end = last + 1;
+    ASSIGN_OR_RETURN(thresholds[split_tensors[s]].ties_end,
+                     EndOfTies(scan, split_tensors[s], windows[s].common, selects[split[s]].ties(),
+                               sifted[s].runs));
   }
   return absl::OkStatus();
 }

@@ -4,7 +4,7 @@
 // A sample tells about where a threshold lies. One pass then counts what lies above that window and
 // collects what lies in it, and the threshold is selected among the collected. Where the sample
 // misleads or too much lies in the window, and for F64, a radix descent finds the same threshold
-// with one histogram pass a level and one more for ties.
+// with one histogram pass a level and one more for ties, which counts them.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ class MagnitudeScan {
   using Tensors = absl::Span<const int>;
 
   virtual int64_t elements() const = 0;
-  // Whether magnitudes are doubles. If so, Sample and Sift are not called.
+  // Whether magnitudes are doubles. If so, Sample is not called and Sift has no candidates.
   virtual bool f64() const = 0;
 
   // Appends the magnitudes of elements [first, first + count).
@@ -56,9 +56,6 @@ class MagnitudeScan {
   // Adds counts of each tensor's digit (Backend::Histogram).
   virtual absl::Status Histogram(Tensors tensors, absl::Span<const RadixLevel> levels,
                                  absl::Span<std::vector<uint64_t>> bins) = 0;
-  // For each run of kReduceBlock elements and each tensor: how many magnitudes equal its value.
-  virtual absl::StatusOr<std::vector<double>> CountEqual(Tensors tensors,
-                                                         absl::Span<const double> values) = 0;
   // Index of the nth (from 1) magnitude among elements [first, first + count) that equals `value`.
   // DataLoss when there are fewer: the tensor changed between the passes.
   virtual absl::StatusOr<int64_t> FindEqual(int tensor, int64_t first, int64_t count, double value,

@@ -237,17 +237,33 @@ void RegisterReductions(Bench& bench) {
     add(absl::StrCat("dot_norms/", name), dtype, 2, DotNorms{});
     add(absl::StrCat("delta_abs_sums/dare/", name, "/models:3"), dtype, 4,
         DeltaAbsSums{ThreeModels(Keep::kRandom, false)});
-    add(absl::StrCat("count_equal/", name, "/models:3"), dtype, 4,
-        CountEqualMagnitude{ThreeModels(Keep::kMagnitude, false)});
-    benchmark::RegisterBenchmark(absl::StrCat("delta_histogram/", name).c_str(),
-                                 [&bench, dtype = dtype](benchmark::State& state) {
-                                   const std::vector<ConstView> in = bench.Inputs(dtype, 2);
-                                   std::vector<uint64_t> bins(kRadixBins);
-                                   bench.Run(state, 2 * kTensorBytes, [&] {
-                                     Require(bench.backend().Histogram(
-                                         DeltaMagnitude{}, in, RadixLevel{}, absl::MakeSpan(bins)));
-                                   });
-                                 })
+    // Rows of 2048 elements, half of them zero in the deltas.
+    TaskVectorSum della = ThreeModels(Keep::kRanked, false);
+    for (int i = 0; i < della.count; ++i) {
+      della.model[i].ranked =
+          MakeRankedDraw(MakePhiloxKey(1, absl::StrCat("w#", i)), 2048, 0.4, 0.6);
+    }
+    add(absl::StrCat("delta_abs_sums/della/", name, "/models:3"), dtype, 4, DeltaAbsSums{della});
+    add(absl::StrCat("gram/", name, "/models:3"), dtype, 4, Gram{.count = 3, .from_base = true});
+    SelectedSquares squares;
+    squares.task.count = 3;
+    squares.task.select_all = false;
+    add(absl::StrCat("selected_squares/", name, "/models:3"), dtype, 4, squares);
+    if (bench.backend().host_memory()) {
+      static const std::vector<double> row_values(1 << 20, 0.5);
+      add(absl::StrCat("softmax_divergence/", name), dtype, 2,
+          SoftmaxDivergence{{.row = 2048, .count = 2, .values = row_values.data()}});
+    }
+    benchmark::RegisterBenchmark(
+        absl::StrCat("delta_histogram/", name).c_str(),
+        [&bench, dtype = dtype](benchmark::State& state) {
+          const std::vector<ConstView> in = bench.Inputs(dtype, 2);
+          std::vector<uint64_t> bins(kRadixBins);
+          bench.Run(state, 2 * kTensorBytes, [&] {
+            Require(bench.backend().Histogram(DeltaMagnitude{}, in, 0, RadixLevel{},
+                                              absl::MakeSpan(bins)));
+          });
+        })
         ->UseManualTime();
   }
 }

@@ -123,36 +123,65 @@ class CpuBackend : public Backend {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op, absl::Span<const ConstView> in,
-                                             int64_t first) override {
-    RETURN_IF_ERROR(CheckReduce(op, in, first));
+  absl::StatusOr<std::vector<double>> ReduceBlocks(const ReduceOp& op,
+                                                   absl::Span<const ConstView> in, int64_t first,
+                                                   int64_t block) override {
+    RETURN_IF_ERROR(CheckReduce(op, in, first, block));
     const int64_t size = in[0].size;
-    const int64_t first_block = first / kReduceBlock;
-    const int64_t blocks = ReduceBlocks(first, size);
+    const int64_t first_block = first / block;
+    const int64_t blocks = BlocksTouched(first, size, block);
     const int terms = Terms(op);
     std::vector<double> sums(blocks * terms);
     const void* erased = OpAddress(op);
-    pool_.ForEach(blocks, [&](int64_t block, int) {
-      const int64_t begin = std::max(first, (first_block + block) * kReduceBlock);
-      const int64_t end = std::min(first + size, (first_block + block + 1) * kReduceBlock);
-      ReduceArgs args = {};
-      SetInputs(in, begin - first, args);
-      args.first = begin;
-      args.size = end - begin;
-      args.sums = sums.data() + block * terms;
-      table_.reduce[op.index()](erased, args);
+    // Small blocks are handed out several at a time.
+    const int64_t together = std::max<int64_t>(1, kPiece / block);
+    ForEachPiece(blocks, together, [&](int64_t at, int64_t count, int) {
+      for (int64_t b = at; b < at + count; ++b) {
+        const int64_t begin = std::max(first, (first_block + b) * block);
+        const int64_t end = std::min(first + size, (first_block + b + 1) * block);
+        ReduceArgs args = {};
+        SetInputs(in, begin - first, args);
+        args.first = begin;
+        args.size = end - begin;
+        args.sums = sums.data() + b * terms;
+        table_.reduce[op.index()](erased, args);
+      }
     });
     return sums;
   }
 
-  absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
-                         absl::Span<uint64_t> bins) override {
-    RETURN_IF_ERROR(CheckHistogram(op, in, level, bins));
+  absl::StatusOr<std::vector<double>> ReduceColumns(const ReduceOp& op,
+                                                    absl::Span<const ConstView> in, int64_t first,
+                                                    int64_t columns) override {
+    RETURN_IF_ERROR(CheckReduceColumns(op, in, first, columns));
+    std::vector<double> sums(columns * Terms(op));
+    const void* erased = OpAddress(op);
+    constexpr int64_t kColumns = 1024;  // whose sums stay in the cache
+    ForEachPiece(columns, kColumns, [&](int64_t begin, int64_t count, int) {
+      for (int64_t end = begin + count; begin < end; begin += kColumns) {
+        ReduceColumnsArgs args = {};
+        SetInputs(in, 0, args);
+        args.first = first;
+        args.rows = in[0].size / columns;
+        args.columns = columns;
+        args.begin = begin;
+        args.end = std::min(begin + kColumns, end);
+        args.sums = sums.data();
+        table_.reduce_columns[op.index()](erased, args);
+      }
+    });
+    return sums;
+  }
+
+  absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
+                         RadixLevel level, absl::Span<uint64_t> bins) override {
+    RETURN_IF_ERROR(CheckHistogram(op, in, first, level, bins));
     const int64_t size = in[0].size;
     const void* erased = OpAddress(op);
     const auto count = [&](int64_t at, int64_t length, uint64_t* into) {
       HistogramArgs args = {};
       SetInputs(in, at, args);
+      args.first = first + at;
       args.size = length;
       args.level = level.level;
       args.prefix = level.prefix;
@@ -180,17 +209,18 @@ class CpuBackend : public Backend {
   }
 
   absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
-                                  const SiftWindow& window,
+                                  int64_t first, const SiftWindow& window,
                                   absl::Span<SiftCandidate> candidates) override {
-    RETURN_IF_ERROR(CheckSift(op, in, candidates));
+    RETURN_IF_ERROR(CheckSift(op, in, first, candidates));
     const void* erased = OpAddress(op);
     // Each piece leaves its candidates where they have room whatever the others find.
     std::vector<SiftCounts> pieces((in[0].size + kPiece - 1) / kPiece);
     ForEachPiece(in[0].size, kPiece, [&](int64_t at, int64_t size, int) {
       SiftArgs args = {};
       SetInputs(in, at, args);
+      args.first = first + at;
       args.size = size;
-      args.first = static_cast<uint32_t>(at);
+      args.in_views = static_cast<uint32_t>(at);
       args.window = window;
       args.candidates = candidates.data() + at;
       pieces[at / kPiece] = table_.sift[op.index()](erased, args);

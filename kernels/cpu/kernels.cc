@@ -21,6 +21,10 @@ struct Fixed {
   PEWTER_INLINE Simd<C> LoadLanes(const void* from) const {
     return Load<C, kDType>(from);
   }
+  template <class C>
+  PEWTER_INLINE C LoadElement(const void* from) const {
+    return LoadOne<C, kDType>(from);
+  }
   template <bool kStream, class C>
   PEWTER_INLINE void StoreLanes(void* to, const Simd<C>& value) const {
     Store<kDType, kStream>(to, value);
@@ -45,6 +49,21 @@ class Dynamic {
         return Load<C, DType::kF8E5M2>(from);
       default:
         return Load<C, DType::kF32>(from);
+    }
+  }
+  template <class C>
+  PEWTER_INLINE C LoadElement(const void* from) const {
+    switch (dtype_) {
+      case DType::kBF16:
+        return LoadOne<C, DType::kBF16>(from);
+      case DType::kF16:
+        return LoadOne<C, DType::kF16>(from);
+      case DType::kF8E4M3:
+        return LoadOne<C, DType::kF8E4M3>(from);
+      case DType::kF8E5M2:
+        return LoadOne<C, DType::kF8E5M2>(from);
+      default:
+        return LoadOne<C, DType::kF32>(from);
     }
   }
   template <bool, class C>
@@ -109,11 +128,47 @@ class Draws {
  public:
   explicit Draws(const TaskVectorSum& task) : task_(task) {}
 
-  void Make(int64_t first, int64_t count) {
+  // For `count` elements from element `at` of the views `in` on, which is element `first` of the
+  // tensor.
+  template <class C, class Format>
+  void Make(Format format, const void* const* in, int64_t at, int64_t first, int64_t count) {
     for (int i = 0; i < task_.count; ++i) {
       const TaskVectorSum::Model& model = task_.model[i];
-      if (model.keep != Keep::kRandom) continue;
-      DrawBits(model.key, model.draw_below, first, count, bits_[i]);
+      if (model.keep == Keep::kRandom) {
+        DrawBits(model.key, model.draw_below, first, count, bits_[i]);
+      } else if (model.keep == Keep::kRanked) {
+        const auto element = [&](const void* view, int64_t j) {
+          return format.template LoadElement<C>(static_cast<const char*>(view) +
+                                                (at + j) * format.width());
+        };
+        const auto magnitude = [&](int64_t j) {
+          const C delta = element(in[1 + i], j) - element(in[0], j);
+          if constexpr (sizeof(C) == 4) {
+            return __builtin_fabsf(delta);
+          } else {
+            return __builtin_fabs(delta);
+          }
+        };
+        const auto magnitudes = [&](int64_t j, C* own) {
+          if (j >= 0 && j + kLanes <= count) [[likely]] {
+            const auto lanes = [&](const void* view) {
+              return format.template LoadLanes<C>(static_cast<const char*>(view) +
+                                                  (at + j) * format.width());
+            };
+            const Simd<C> delta = Abs(lanes(in[1 + i]) - lanes(in[0]));
+            __builtin_memcpy(own, &delta, sizeof(delta));
+            return Bits(delta > C{0});
+          }
+          uint32_t nonzero = 0;
+          for (int l = 0; l < kLanes; ++l) {
+            if (j + l < 0 || j + l >= count) continue;
+            own[l] = magnitude(j + l);
+            nonzero |= static_cast<uint32_t>(own[l] > 0) << l;
+          }
+          return nonzero;
+        };
+        RankedDrawBits<C>(model.ranked, magnitude, magnitudes, first, count, bits_[i]);
+      }
     }
   }
   template <class C>
@@ -129,7 +184,8 @@ class Draws {
 struct NoDraws {
   template <class Op>
   explicit NoDraws(const Op&) {}
-  void Make(int64_t, int64_t) {}
+  template <class C, class Format>
+  void Make(Format, const void* const*, int64_t, int64_t, int64_t) {}
   template <class C>
   PEWTER_INLINE Mask<C> Lanes(int, int64_t) const {
     return {};
@@ -152,6 +208,7 @@ struct Run {
   int64_t at;
   int64_t index;
   int64_t in_row;
+  int64_t end;  // of the view's elements, as `index` counts
   Format format;
   const DrawsType& draws;
 
@@ -161,6 +218,29 @@ struct Run {
   PEWTER_INLINE Mask<C> IndexBelow(int64_t end) const { return LanesBelow<C>(end - index); }
   PEWTER_INLINE Mask<C> RandomBelow(int i, PhiloxKey, uint64_t) const {
     return draws.template Lanes<C>(i, in_row);
+  }
+  PEWTER_INLINE Mask<C> Outranks(int i, const RankedDraw&) const {
+    return draws.template Lanes<C>(i, in_row);
+  }
+  PEWTER_INLINE Value Of(const AxisValues& axis, int i) const {
+    const int64_t row = index / axis.row, column = index - row * axis.row;
+    if (!axis.columns && column + kLanes <= axis.row) {
+      return Value::Broadcast(static_cast<C>(axis.values[(row - axis.first) * axis.count + i]));
+    }
+    alignas(64) C lanes[kLanes];
+    if (axis.columns && column + kLanes <= axis.row) {
+      const double* const values = axis.values + i * axis.row + column;
+      for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<C>(values[l]);
+    } else {
+      for (int l = 0; l < kLanes; ++l) {
+        const int64_t element = index + l < end ? index + l : end - 1;
+        const int64_t of_row = element / axis.row;
+        lanes[l] =
+            static_cast<C>(axis.columns ? axis.values[i * axis.row + element % axis.row]
+                                        : axis.values[(of_row - axis.first) * axis.count + i]);
+      }
+    }
+    return LoadUnaligned<Value>(lanes);
   }
 };
 
@@ -204,7 +284,7 @@ void MapFormats(const Op& shared_op, In in, Out out, const MapArgs& shared_args)
   int64_t end = stream && misaligned != 0 ? (64 - misaligned) / out.width() : kDrawRow;
   for (int64_t row = 0; row < args.size; row = end, end += kDrawRow) {
     if (end > args.size) end = args.size;
-    draws.Make(args.first + row, end - row);
+    draws.template Make<C>(in, args.in, row, args.first + row, end - row);
     for (int64_t at = row; at < end; at += kLanes) {
       const bool whole = end - at >= kLanes;
       if (!whole) [[unlikely]]
@@ -213,6 +293,7 @@ void MapFormats(const Op& shared_op, In in, Out out, const MapArgs& shared_args)
                                             .at = whole ? at : 0,
                                             .index = args.first + at,
                                             .in_row = at - row,
+                                            .end = args.first + args.size,
                                             .format = in,
                                             .draws = draws};
       const Simd<C> value = op(run);
@@ -254,28 +335,47 @@ void ConvertElements(const void* in, DType in_dtype, void* out, DType out_dtype,
 
 // --- Reduce -----------------------------------------------------------------------------------
 
-template <class C>
+// Whether an op's terms are not summed but the largest is taken.
+template <class Op>
+inline constexpr bool kTakesLargest = requires {
+  Op::kLargest;
+};
+template <class Op>
+inline constexpr double kNothing = kTakesLargest<Op> ? -__builtin_inf() : 0.0;
+
+template <class Op, class T>
+PEWTER_INLINE T Joined(T a, T b) {
+  if constexpr (kTakesLargest<Op>) {
+    return b > a ? b : a;
+  } else {
+    return a + b;
+  }
+}
+
+template <class Op, class C>
 PEWTER_INLINE void Accumulate(Simd<double>& sum, const Simd<C>& terms) {
   if constexpr (sizeof(C) == 8) {
-    sum = sum + terms;
+    PEWTER_UNROLL for (int p = 0; p < Simd<double>::kParts; ++p) sum.part[p] =
+        Joined<Op>(sum.part[p], terms.part[p]);
   } else {
     PEWTER_UNROLL for (int p = 0; p < Simd<float>::kParts; ++p) {
       Simd<double>::Part low, high;
       WidenHalves(terms.part[p], low, high);
-      sum.part[2 * p] += low;
-      sum.part[2 * p + 1] += high;
+      sum.part[2 * p] = Joined<Op>(sum.part[2 * p], low);
+      sum.part[2 * p + 1] = Joined<Op>(sum.part[2 * p + 1], high);
     }
   }
 }
 
 // Lane l + lane l ^ 16, then 8, 4, 2, 1: the order that CUDA's shuffles have, too.
-PEWTER_INLINE double SumLanes(Simd<double> sum) {
+template <class Op>
+PEWTER_INLINE double JoinLanes(Simd<double> sum) {
   double lane[kLanes];
   PEWTER_UNROLL for (int p = 0; p < Simd<double>::kParts; ++p) {
     __builtin_memcpy(lane + p * Simd<double>::kPartLanes, &sum.part[p], sizeof(sum.part[p]));
   }
   PEWTER_UNROLL for (int width = kLanes / 2; width > 0; width /= 2) {
-    PEWTER_UNROLL for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+    PEWTER_UNROLL for (int l = 0; l < width; ++l) lane[l] = Joined<Op>(lane[l], lane[l + width]);
   }
   return lane[0];
 }
@@ -285,15 +385,15 @@ void Reduce(const void* erased, const ReduceArgs& args) {
   const Op& op = *static_cast<const Op*>(erased);
   auto draws = DrawsOf(op);
   Padded padded;
-  for (int i = 0; i < op.groups() * Op::kTerms; ++i) args.sums[i] = 0;
+  for (int i = 0; i < op.groups() * Op::kTerms; ++i) args.sums[i] = kNothing<Op>;
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
     using V = Simd<C>;
     for (int64_t row = 0; row < args.size; row += kReduceRow) {
       const int64_t end = row + kReduceRow < args.size ? row + kReduceRow : args.size;
-      draws.Make(args.first + row, end - row);
+      draws.template Make<C>(format, args.in, row, args.first + row, end - row);
       for (int g = 0; g < op.groups(); ++g) {
         Simd<double> sums[Op::kTerms];
-        PEWTER_UNROLL for (Simd<double>& sum : sums) sum = Simd<double>::Broadcast(0);
+        PEWTER_UNROLL for (Simd<double>& sum : sums) sum = Simd<double>::Broadcast(kNothing<Op>);
         V terms[Op::kTerms];
         for (int64_t at = row; at < end; at += kLanes) {
           const bool whole = end - at >= kLanes;
@@ -303,17 +403,63 @@ void Reduce(const void* erased, const ReduceArgs& args) {
                                                     .at = whole ? at : 0,
                                                     .index = args.first + at,
                                                     .in_row = at - row,
+                                                    .end = args.first + args.size,
                                                     .format = format,
                                                     .draws = draws};
           op(run, g, run[op.first(g)], run[op.second(g)], terms);
           if (!whole) [[unlikely]] {
             const Mask<C> exists = LanesBelow<C>(end - at);
-            PEWTER_UNROLL for (V& term : terms) term = Select(exists, term, V::Broadcast(0));
+            PEWTER_UNROLL for (V& term : terms) term =
+                Select(exists, term, V::Broadcast(static_cast<C>(kNothing<Op>)));
           }
-          PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) Accumulate<C>(sums[t], terms[t]);
+          PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) Accumulate<Op>(sums[t], terms[t]);
         }
-        PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) args.sums[g * Op::kTerms + t] +=
-            SumLanes(sums[t]);
+        PEWTER_UNROLL for (int t = 0; t < Op::kTerms; ++t) {
+          double& sum = args.sums[g * Op::kTerms + t];
+          sum = Joined<Op>(sum, JoinLanes<Op>(sums[t]));
+        }
+      }
+    }
+  });
+}
+
+// One row after another, so the order within a column is theirs.
+template <class Op>
+void ReduceColumns(const void* erased, const ReduceColumnsArgs& args) {
+  const Op& op = *static_cast<const Op*>(erased);
+  auto draws = DrawsOf(op);
+  Padded padded;
+  const int terms_in_all = op.groups() * Op::kTerms;
+  for (int t = 0; t < terms_in_all; ++t) {
+    for (int64_t c = args.begin; c < args.end; ++c) args.sums[t * args.columns + c] = kNothing<Op>;
+  }
+  WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
+    Simd<C> terms[Op::kTerms];
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t column = args.begin; column < args.end; column += kLanes) {
+        const int64_t at = row * args.columns + column;
+        const int64_t count = args.end - column < kLanes ? args.end - column : kLanes;
+        const bool whole = count == kLanes;
+        if (!whole) [[unlikely]]
+          padded.Fill(args.in, op.inputs(), at, count, format.width());
+        draws.template Make<C>(format, args.in, at, args.first + at, count);
+        const Run<C, Format, decltype(draws)> run{.in = whole ? args.in : padded.in,
+                                                  .at = whole ? at : 0,
+                                                  .index = args.first + at,
+                                                  .in_row = 0,
+                                                  .end = args.first + args.rows * args.columns,
+                                                  .format = format,
+                                                  .draws = draws};
+        for (int g = 0; g < op.groups(); ++g) {
+          op(run, g, run[op.first(g)], run[op.second(g)], terms);
+          for (int t = 0; t < Op::kTerms; ++t) {
+            double* const sums = args.sums + (g * Op::kTerms + t) * args.columns + column;
+            Simd<double> sum = Simd<double>::Broadcast(kNothing<Op>);
+            __builtin_memcpy(&sum, sums, count * sizeof(double));
+            Accumulate<Op>(sum, terms[t]);
+            __builtin_memcpy(sums, &sum, count * sizeof(double));
+          }
+        }
       }
     }
   });
@@ -390,8 +536,9 @@ void Histogram(const void* erased, const HistogramArgs& args) {
         padded.Fill(args.in, op.inputs(), at, rest, format.width());
       const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
                                         .at = whole ? at : 0,
-                                        .index = at,
+                                        .index = args.first + at,
                                         .in_row = 0,
+                                        .end = args.first + args.size,
                                         .format = format,
                                         .draws = draws};
       CountRun<C>(op(run), whole ? 0xffffffffu : (1u << rest) - 1, shift, args.level == 0,
@@ -408,37 +555,36 @@ SiftCounts Sift(const void* erased, const SiftArgs& args) {
   SiftCounts counts;
   SiftCandidate* to = args.candidates;
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
-    if constexpr (sizeof(C) == 4) {
-      const SiftWindow window = args.window;
-      const NoDraws draws(op);
-      Padded padded;
-      for (int64_t at = 0; at < args.size; at += kLanes) {
-        const int64_t rest = args.size - at;
-        const bool whole = rest >= kLanes;
-        if (!whole) [[unlikely]]
-          padded.Fill(args.in, op.inputs(), at, rest, format.width());
-        const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
-                                          .at = whole ? at : 0,
-                                          .index = at,
-                                          .in_row = 0,
-                                          .format = format,
-                                          .draws = draws};
-        const Simd<C> magnitude = op(run);
-        const uint32_t lanes = whole ? 0xffffffffu : (1u << rest) - 1;
-        const uint32_t below = Bits(magnitude < window.low) & lanes;
-        const uint32_t common = Bits(magnitude == window.common) & lanes;
-        const uint32_t up_to_high =
-            Bits((magnitude < window.high) | (magnitude == window.high)) & lanes;
-        counts.above += __builtin_popcount(lanes & ~up_to_high);
-        counts.common += __builtin_popcount(common);
-        uint32_t inside = up_to_high & ~below & ~common;
-        if (inside == 0) continue;
-        float lane[kLanes];
-        __builtin_memcpy(lane, &magnitude, sizeof(lane));
-        for (; inside != 0; inside &= inside - 1) {
-          const int l = __builtin_ctz(inside);
-          *to++ = {lane[l], args.first + static_cast<uint32_t>(at + l)};
-        }
+    const C low = static_cast<C>(args.window.low), high = static_cast<C>(args.window.high),
+            most = static_cast<C>(args.window.common);
+    const NoDraws draws(op);
+    Padded padded;
+    for (int64_t at = 0; at < args.size; at += kLanes) {
+      const int64_t rest = args.size - at;
+      const bool whole = rest >= kLanes;
+      if (!whole) [[unlikely]]
+        padded.Fill(args.in, op.inputs(), at, rest, format.width());
+      const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
+                                        .at = whole ? at : 0,
+                                        .index = args.first + at,
+                                        .in_row = 0,
+                                        .end = args.first + args.size,
+                                        .format = format,
+                                        .draws = draws};
+      const Simd<C> magnitude = op(run);
+      const uint32_t lanes = whole ? 0xffffffffu : (1u << rest) - 1;
+      const uint32_t below = Bits(magnitude < low) & lanes;
+      const uint32_t common = Bits(magnitude == most) & lanes;
+      const uint32_t up_to_high = Bits((magnitude < high) | (magnitude == high)) & lanes;
+      counts.above += __builtin_popcount(lanes & ~up_to_high);
+      counts.common += __builtin_popcount(common);
+      uint32_t inside = up_to_high & ~below & ~common;
+      if (inside == 0) continue;
+      C lane[kLanes];
+      __builtin_memcpy(lane, &magnitude, sizeof(lane));
+      for (; inside != 0; inside &= inside - 1) {
+        const int l = __builtin_ctz(inside);
+        *to++ = {static_cast<float>(lane[l]), args.in_views + static_cast<uint32_t>(at + l)};
       }
     }
   });
@@ -499,8 +645,9 @@ constexpr KernelTable WithMaps(KernelTable table, const std::variant<Ops...>*) {
 }
 template <class... Ops>
 constexpr KernelTable WithReductions(KernelTable table, const std::variant<Ops...>*) {
-  int i = 0;
+  int i = 0, j = 0;
   ((table.reduce[i++] = &Reduce<Ops>), ...);
+  ((table.reduce_columns[j++] = &ReduceColumns<Ops>), ...);
   return table;
 }
 template <class... Ops>
@@ -519,6 +666,7 @@ extern constinit const KernelTable PEWTER_CPU_TABLE = PEWTER_CPU_ISA::WithSelect
         PEWTER_CPU_ISA::WithMaps({.isa = PEWTER_STRING(PEWTER_CPU_ISA),
                                   .map = {},
                                   .reduce = {},
+                                  .reduce_columns = {},
                                   .histogram = {},
                                   .sift = {},
                                   .convert = &PEWTER_CPU_ISA::ConvertElements,

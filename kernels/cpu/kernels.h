@@ -28,13 +28,25 @@ struct ReduceArgs {
   const void* in[kMaxInputs];
   DType in_dtype;
   int64_t first;
-  int64_t size;  // at most kReduceBlock
+  int64_t size;
   double* sums;  // the op's terms, overwritten
+};
+
+struct ReduceColumnsArgs {
+  const void* in[kMaxInputs];
+  DType in_dtype;
+  int64_t first;
+  int64_t rows;
+  int64_t columns;
+  // Of these columns only.
+  int64_t begin, end;
+  double* sums;  // sums[t * columns + c], overwritten
 };
 
 struct HistogramArgs {
   const void* in[kMaxInputs];
   DType in_dtype;
+  int64_t first;
   int64_t size;
   int level;
   uint64_t prefix;
@@ -43,9 +55,10 @@ struct HistogramArgs {
 
 struct SiftArgs {
   const void* in[kMaxInputs];
-  DType in_dtype;  // not F64
+  DType in_dtype;
+  int64_t first;
   int64_t size;
-  uint32_t first;  // index of the first element
+  uint32_t in_views;  // where the first element is, for candidates
   SiftWindow window;
   SiftCandidate* candidates;  // room for `size`; overwritten
 };
@@ -55,6 +68,8 @@ struct KernelTable {
   // By the op's place in its list.
   void (*map[std::variant_size_v<MapOp>])(const void* op, const MapArgs& args);
   void (*reduce[std::variant_size_v<ReduceOp>])(const void* op, const ReduceArgs& args);
+  void (*reduce_columns[std::variant_size_v<ReduceOp>])(const void* op,
+                                                        const ReduceColumnsArgs& args);
   void (*histogram[std::variant_size_v<MagnitudeOp>])(const void* op, const HistogramArgs& args);
   SiftCounts (*sift[std::variant_size_v<MagnitudeOp>])(const void* op, const SiftArgs& args);
   void (*convert)(const void* in, DType in_dtype, void* out, DType out_dtype, int64_t size);

@@ -16,6 +16,7 @@
 #include "base/dtype.h"
 #include "base/random.h"
 #include "kernels/ops/float_formats.h"
+#include "kernels/ops/ranked_draw.h"
 
 #define PEWTER_INLINE inline __attribute__((always_inline))
 #define PEWTER_UNROLL _Pragma("GCC unroll 32")
@@ -215,6 +216,35 @@ PEWTER_INLINE Simd<T> Abs(const Simd<T>& a) {
   return r;
 }
 
+// 2^v of integral v within the exponents of normal numbers.
+template <class T>
+PEWTER_INLINE Simd<T> PowerOfTwo(const Simd<T>& v) {
+  using Bits = typename Mask<T>::Part;
+  constexpr int kFraction = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  Simd<T> r;
+  PEWTER_UNROLL for (int p = 0; p < Simd<T>::kParts; ++p) r.part[p] =
+      BitCast<typename Simd<T>::Part>((__builtin_convertvector(v.part[p], Bits) + kBias)
+                                      << kFraction);
+  return r;
+}
+
+// The exponent of normal v > 0; v = mantissa 2^exponent with a mantissa in [1, 2).
+template <class T>
+PEWTER_INLINE Simd<T> SplitExponent(const Simd<T>& v, Simd<T>* mantissa) {
+  using Bits = typename Mask<T>::Part;
+  using Integer = typename Mask<T>::Integer;
+  constexpr int kFraction = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  constexpr Integer kFractionBits = (Integer{1} << kFraction) - 1;
+  Simd<T> r;
+  PEWTER_UNROLL for (int p = 0; p < Simd<T>::kParts; ++p) {
+    const Bits bits = BitCast<Bits>(v.part[p]);
+    r.part[p] = __builtin_convertvector((bits >> kFraction) - kBias, typename Simd<T>::Part);
+    mantissa->part[p] = BitCast<typename Simd<T>::Part>((bits & kFractionBits) |
+                                                        (static_cast<Integer>(kBias) << kFraction));
+  }
+  return r;
+}
+
 // Lanes with a number below `end`.
 template <class T>
 PEWTER_INLINE Mask<T> LanesBelow(int64_t end) {
@@ -288,6 +318,24 @@ PEWTER_INLINE Vector<float, n> LoadFloats(const void* from) {
   } else {
     const U bits = ConvertVector<U>(LoadUnaligned<Vector<uint8_t, n>>(from));
     return kStored == DType::kF8E4M3 ? FloatFromF8E4M3<F>(bits) : FloatFromF8E5M2<F>(bits);
+  }
+}
+
+// One stored element, widened.
+template <class Compute, DType kStored>
+PEWTER_INLINE Compute LoadOne(const void* from) {
+  if constexpr (kStored == DType::kF64) {
+    return LoadUnaligned<double>(from);
+  } else if constexpr (kStored == DType::kF32) {
+    return LoadUnaligned<float>(from);
+  } else if constexpr (kStored == DType::kF16) {
+    return FloatFromF16<float>(static_cast<uint32_t>(LoadUnaligned<uint16_t>(from)));
+  } else if constexpr (kStored == DType::kBF16) {
+    return FloatFromBF16<float>(static_cast<uint32_t>(LoadUnaligned<uint16_t>(from)));
+  } else if constexpr (kStored == DType::kF8E4M3) {
+    return FloatFromF8E4M3<float>(static_cast<uint32_t>(LoadUnaligned<uint8_t>(from)));
+  } else {
+    return FloatFromF8E5M2<float>(static_cast<uint32_t>(LoadUnaligned<uint8_t>(from)));
   }
 }
 
@@ -450,17 +498,19 @@ inline constexpr int kDrawVectors = 4;
 inline constexpr int kDraws = kDrawVectors * kVectorBytes / 8 * 8;
 static_assert(kDraws % 32 == 0);
 
-// words: those of kDraws / 8 blocks of the first stream in order. One block a 64-bit lane: the
+// words: those of kDraws / 8 blocks of a stream in order. One block a 64-bit lane: the
 // halves above the state's 32 bits hold rubbish, which neither a product's low half nor the result
 // sees.
-PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, Words words[2 * kDrawVectors]) {
+PEWTER_INLINE void PhiloxWords(PhiloxKey key, uint64_t block, uint32_t stream,
+                               Words words[2 * kDrawVectors]) {
   constexpr int kBlocks = kVectorBytes / 8;
   const auto lane = MakeLanes<Wide>([](size_t l) { return l; });
   Wide c0[kDrawVectors], c1[kDrawVectors], c2[kDrawVectors], c3[kDrawVectors];
   PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
     c0[v] = lane + (block + v * kBlocks);
     c1[v] = c0[v] >> 32;
-    c2[v] = c3[v] = Wide{};
+    c2[v] = Wide{} + stream;
+    c3[v] = Wide{};
   }
   PEWTER_UNROLL for (int round = 0; round < PhiloxConstants::kRounds; ++round) {
     PEWTER_UNROLL for (int v = 0; v < kDrawVectors; ++v) {
@@ -528,6 +578,14 @@ __attribute__((noinline)) inline uint32_t BelowByLowerHalf(PhiloxKey key, uint64
   return bits;
 }
 
+// Drops the first `shift` (below 8) of the bits before the `count` that are wanted.
+PEWTER_INLINE void DropBits(int shift, int64_t count, uint32_t* bits) {
+  if (shift == 0) return;
+  for (int64_t word = 0; word * 32 < count; ++word) {
+    bits[word] = bits[word] >> shift | bits[word + 1] << (32 - shift);
+  }
+}
+
 // Draws for `count` elements from element `first`: bit i % 32 of bits[i / 32] says that the Philox
 // word of element first + i is < below. `bits` has room for kDraws more.
 inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count, uint32_t* bits) {
@@ -540,7 +598,7 @@ inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count
   for (int64_t at = 0; at < end; at += kDraws) {
     const uint64_t element = static_cast<uint64_t>(first - shift + at);
     Words words[2 * kDrawVectors];
-    PhiloxWords(key, element / 8, words);
+    PhiloxWords(key, element / 8, 0, words);
     uint64_t packed[(kDraws + 63) / 64] = {};
     PEWTER_UNROLL for (int v = 0; v < 2 * kDrawVectors; ++v) {
       uint32_t kept = BitsOfHalves<false>(words[v], bound);
@@ -555,11 +613,67 @@ inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count
     }
     __builtin_memcpy(bits + at / 32, packed, kDraws / 8);
   }
-  if (shift != 0) {
-    for (int64_t word = 0; word * 32 < count; ++word) {
-      bits[word] = bits[word] >> shift | bits[word + 1] << (32 - shift);
+  DropBits(shift, count, bits);
+}
+
+// Draws like DrawBits: whether an element stays by `draw`. `magnitude(i)` is that of element first
+// + i, for all i in the rows of these elements. `magnitudes(i, own)` sets own[l] to magnitude(i +
+// l) for those of 32 that lie within [0, count), and tells by bits which of them are not zero:
+// whether a zero stays makes no difference, and deltas of checkpoints are full of them.
+template <class C, class Magnitude, class Magnitudes>
+PEWTER_INLINE void RankedDrawBits(const RankedDraw& draw, const Magnitude& magnitude,
+                                  const Magnitudes& magnitudes, int64_t first, int64_t count,
+                                  uint32_t* bits) {
+  constexpr int kHalves = kVectorBytes / 2;
+  const int shift = static_cast<int>(first % 8);
+  const int64_t end = count + shift;
+  const auto low = static_cast<uint16_t>(draw.low >> 16);
+  const auto high = static_cast<uint16_t>(draw.high >> 16);
+  const bool to_the_end = draw.high > 0xffffffffu;
+  for (int64_t at = 0; at < end; at += kDraws) {
+    const uint64_t element = static_cast<uint64_t>(first - shift + at);
+    Words upper[2 * kDrawVectors], lower[2 * kDrawVectors];
+    PhiloxWords(draw.key, element / 8, 0, upper);
+    PhiloxWords(draw.key, element / 8, 1, lower);
+    // By the upper halves alone: those that stay, and those that may.
+    uint64_t packed_stay[(kDraws + 63) / 64] = {}, packed_may[(kDraws + 63) / 64] = {};
+    PEWTER_UNROLL for (int v = 0; v < 2 * kDrawVectors; ++v) {
+      const uint32_t below = BitsOfHalves<false>(upper[v], low);
+      const uint32_t inside =
+          to_the_end ? static_cast<uint32_t>((uint64_t{1} << kHalves) - 1)
+                     : BitsOfHalves<false>(upper[v], high) | BitsOfHalves<true>(upper[v], high);
+      packed_stay[v * kHalves / 64] |= static_cast<uint64_t>(below) << (v * kHalves % 64);
+      packed_may[v * kHalves / 64] |= static_cast<uint64_t>(inside & ~below) << (v * kHalves % 64);
     }
+    uint32_t stay[kDraws / 32], may[kDraws / 32];
+    __builtin_memcpy(stay, packed_stay, sizeof(stay));
+    __builtin_memcpy(may, packed_may, sizeof(may));
+    uint16_t upper_half[kDraws], lower_half[kDraws];
+    __builtin_memcpy(upper_half, upper, sizeof(upper_half));
+    __builtin_memcpy(lower_half, lower, sizeof(lower_half));
+    const auto place_of_first = static_cast<int64_t>(element % static_cast<uint64_t>(draw.row));
+    for (int group = 0; group < kDraws / 32; ++group) {
+      const int64_t begin = at - shift + group * 32;
+      if (begin >= count) break;
+      C own[32];
+      uint32_t stays = stay[group];
+      for (uint32_t left = may[group] & magnitudes(begin, own); left != 0; left &= left - 1) {
+        const int l = __builtin_ctz(left);
+        int64_t place = place_of_first + group * 32 + l;
+        if (place >= draw.row) [[unlikely]]
+          place %= draw.row;
+        const uint32_t word =
+            static_cast<uint32_t>(upper_half[group * 32 + l]) << 16 | lower_half[group * 32 + l];
+        const int64_t row = begin + l - place;
+        const bool kept =
+            draw.Stays(word, place, own[l], [&](int64_t p) { return magnitude(row + p); });
+        stays |= static_cast<uint32_t>(kept) << l;
+      }
+      stay[group] = stays;
+    }
+    __builtin_memcpy(bits + at / 32, stay, sizeof(stay));
   }
+  DropBits(shift, count, bits);
 }
 
 // Lane l is bit l.

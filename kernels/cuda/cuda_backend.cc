@@ -129,25 +129,26 @@ class CudaBackend : public Backend {
     return Status(plugin_.map(stream_, &call), "map");
   }
 
-  absl::StatusOr<std::vector<double>> Reduce(const ReduceOp& op, absl::Span<const ConstView> in,
-                                             int64_t first) override {
-    RETURN_IF_ERROR(CheckReduce(op, in, first));
-    ReduceCall call = {.op = static_cast<int>(op.index()), .op_data = OpAddress(op)};
-    SetInputs(in, call);
-    call.first = first;
-    call.blocks = ReduceBlocks(first, call.size);
-    call.terms = Terms(op);
-    std::vector<double> sums(call.blocks * call.terms);
-    call.sums = sums.data();
-    RETURN_IF_ERROR(Status(plugin_.reduce(stream_, &call), "reduce"));
-    return sums;
+  absl::StatusOr<std::vector<double>> ReduceBlocks(const ReduceOp& op,
+                                                   absl::Span<const ConstView> in, int64_t first,
+                                                   int64_t block) override {
+    RETURN_IF_ERROR(CheckReduce(op, in, first, block));
+    return Reduced(op, in, first, block, /*by_columns=*/false);
   }
 
-  absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in, RadixLevel level,
-                         absl::Span<uint64_t> bins) override {
-    RETURN_IF_ERROR(CheckHistogram(op, in, level, bins));
+  absl::StatusOr<std::vector<double>> ReduceColumns(const ReduceOp& op,
+                                                    absl::Span<const ConstView> in, int64_t first,
+                                                    int64_t columns) override {
+    RETURN_IF_ERROR(CheckReduceColumns(op, in, first, columns));
+    return Reduced(op, in, first, columns, /*by_columns=*/true);
+  }
+
+  absl::Status Histogram(const MagnitudeOp& op, absl::Span<const ConstView> in, int64_t first,
+                         RadixLevel level, absl::Span<uint64_t> bins) override {
+    RETURN_IF_ERROR(CheckHistogram(op, in, first, level, bins));
     HistogramCall call = {.op = static_cast<int>(op.index()), .op_data = OpAddress(op)};
     SetInputs(in, call);
+    call.first = first;
     call.level = level.level;
     call.prefix = level.prefix;
     call.bins = bins.data();
@@ -155,11 +156,12 @@ class CudaBackend : public Backend {
   }
 
   absl::StatusOr<SiftCounts> Sift(const MagnitudeOp& op, absl::Span<const ConstView> in,
-                                  const SiftWindow& window,
+                                  int64_t first, const SiftWindow& window,
                                   absl::Span<SiftCandidate> candidates) override {
-    RETURN_IF_ERROR(CheckSift(op, in, candidates));
+    RETURN_IF_ERROR(CheckSift(op, in, first, candidates));
     SiftCall call = {.op = static_cast<int>(op.index()), .op_data = OpAddress(op)};
     SetInputs(in, call);
+    call.first = first;
     call.window = window;
     call.candidates = candidates.data();
     RETURN_IF_ERROR(Status(plugin_.sift(stream_, &call), "sift"));
@@ -175,6 +177,21 @@ class CudaBackend : public Backend {
   }
 
  private:
+  absl::StatusOr<std::vector<double>> Reduced(const ReduceOp& op, absl::Span<const ConstView> in,
+                                              int64_t first, int64_t block, bool by_columns) {
+    ReduceCall call = {.op = static_cast<int>(op.index()), .op_data = OpAddress(op)};
+    SetInputs(in, call);
+    call.first = first;
+    call.block = block;
+    call.blocks = BlocksTouched(first, call.size, block);
+    call.terms = Terms(op);
+    call.by_columns = by_columns;
+    std::vector<double> sums((by_columns ? block : call.blocks) * call.terms);
+    call.sums = sums.data();
+    RETURN_IF_ERROR(Status(plugin_.reduce(stream_, &call), "reduce"));
+    return sums;
+  }
+
   absl::Status Status(int error, absl::string_view doing) const {
     return Annotate(ToStatus(plugin_, error, doing), name());
   }

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <new>
@@ -110,6 +111,35 @@ __device__ Lanes<T, n> Abs(const Lanes<T, n>& a) {
   Lanes<T, n> r;
 #pragma unroll
   for (int l = 0; l < n; ++l) r.lane[l] = BitCast<T>(BitCast<Bits>(a.lane[l]) & (~Bits{0} >> 1));
+  return r;
+}
+
+// 2^v of integral v within the exponents of normal numbers.
+template <class T, int n>
+__device__ Lanes<T, n> PowerOfTwo(const Lanes<T, n>& v) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int kFraction = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  Lanes<T, n> r;
+#pragma unroll
+  for (int l = 0; l < n; ++l) {
+    r.lane[l] = BitCast<T>((static_cast<Bits>(v.lane[l]) + kBias) << kFraction);
+  }
+  return r;
+}
+
+// The exponent of normal v > 0; v = mantissa 2^exponent with a mantissa in [1, 2).
+template <class T, int n>
+__device__ Lanes<T, n> SplitExponent(const Lanes<T, n>& v, Lanes<T, n>* mantissa) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr int kFraction = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  Lanes<T, n> r;
+#pragma unroll
+  for (int l = 0; l < n; ++l) {
+    const Bits bits = BitCast<Bits>(v.lane[l]);
+    r.lane[l] = static_cast<T>((bits >> kFraction) - kBias);
+    mantissa->lane[l] =
+        BitCast<T>((bits & ((Bits{1} << kFraction) - 1)) | (static_cast<Bits>(kBias) << kFraction));
+  }
   return r;
 }
 
@@ -236,6 +266,36 @@ struct Run {
       for (int l = 0; l < n; ++l) {
         r.lane[l] = PhiloxWord(key, static_cast<uint64_t>(index + l)) < below;
       }
+    }
+    return r;
+  }
+  __device__ Mask<n> Outranks(int i, const RankedDraw& draw) const {
+    using Bits = typename BitsOf<kIn>::type;
+    const Bits* const base = static_cast<const Bits*>(in[0]);
+    const Bits* const model = static_cast<const Bits*>(in[1 + i]);
+    Mask<n> r;
+    for (int l = 0; l < n; ++l) {
+      r.lane[l] = false;
+      if (l >= count) continue;
+      const int64_t place = (index + l) % draw.row;
+      const int64_t row = at + l - place;
+      const auto magnitude = [&](int64_t p) {
+        const T delta = Decode<T, kIn>(model[row + p]) - Decode<T, kIn>(base[row + p]);
+        return delta < 0 ? -delta : delta;
+      };
+      r.lane[l] = draw.Stays(PhiloxWord(draw.key, static_cast<uint64_t>(index + l)), place,
+                             magnitude(place), magnitude);
+    }
+    return r;
+  }
+  __device__ Value Of(const AxisValues& axis, int i) const {
+    Value r;
+#pragma unroll
+    for (int l = 0; l < n; ++l) {
+      const int64_t element = index + (l < count ? l : 0);
+      r.lane[l] = static_cast<T>(
+          axis.columns ? axis.values[i * axis.row + element % axis.row]
+                       : axis.values[(element / axis.row - axis.first) * axis.count + i]);
     }
     return r;
   }
@@ -414,19 +474,40 @@ struct ReduceParams {
   int count;
   int64_t first;
   int64_t size;
+  int64_t block;
   int terms;
   double* sums;
 };
 
-// One thread block a reduction block. Eight threads share a row; each holds 4 of its 32 lanes, so a
-// block of four random words is made once.
+// Whether an op's terms are not summed but the largest is taken.
+template <class Op>
+__device__ constexpr bool kTakesLargest = requires {
+  Op::kLargest;
+};
+
+template <class Op>
+__device__ double Nothing() {
+  return kTakesLargest<Op> ? -INFINITY : 0.0;
+}
+
+template <class Op>
+__device__ double Joined(double a, double b) {
+  if constexpr (kTakesLargest<Op>) {
+    return b > a ? b : a;
+  } else {
+    return a + b;
+  }
+}
+
+// One thread block a reduction block, kReduceBlock elements at a time. Eight threads share a row;
+// each holds 4 of its 32 lanes, so a block of four random words is made once.
 template <class Op, class T, DType kIn>
 __global__ void __launch_bounds__(kReduceThreads)
     ReduceKernel(const __grid_constant__ Op op, const __grid_constant__ ReduceParams p) {
   __shared__ double row_sums[Op::kTerms][kRows];
-  const int64_t block = p.first / kReduceBlock + blockIdx.x;
-  const int64_t begin = max(p.first, block * kReduceBlock);
-  const int64_t size = min(p.first + p.size, (block + 1) * kReduceBlock) - begin;
+  const int64_t block = p.first / p.block + blockIdx.x;
+  const int64_t begin = max(p.first, block * p.block);
+  const int64_t size = min(p.first + p.size, (block + 1) * p.block) - begin;
   const int64_t offset = begin - p.first;
   bool aligned = true;
   for (int i = 0; i < p.count; ++i) {
@@ -435,47 +516,87 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int row = threadIdx.x / kThreadsOfRow;
   const int place = threadIdx.x % kThreadsOfRow;
   for (int g = 0; g < op.groups(); ++g) {
-    double sums[Op::kTerms][kReduceLanes] = {};
-    for (int64_t step = 0; step < kReduceRow; step += 32) {
-      const int64_t at = row * kReduceRow + step + place * kReduceLanes;
-      if (at >= size) break;
-      const int count = static_cast<int>(min(static_cast<int64_t>(kReduceLanes), size - at));
-      const Run<T, kIn, kReduceLanes> run{p.inputs.in, offset + at, begin + at, count, aligned};
-      Lanes<T, kReduceLanes> terms[Op::kTerms];
-      op(run, g, run[op.first(g)], run[op.second(g)], terms);
+    double sum = Nothing<Op>();  // of thread t < kTerms: term t
+    for (int64_t rows = 0; rows < size; rows += kReduceBlock) {
+      double sums[Op::kTerms][kReduceLanes];
 #pragma unroll
       for (int t = 0; t < Op::kTerms; ++t) {
 #pragma unroll
-        for (int l = 0; l < kReduceLanes; ++l) {
-          if (l < count) sums[t][l] += static_cast<double>(terms[t].lane[l]);
+        for (int l = 0; l < kReduceLanes; ++l) sums[t][l] = Nothing<Op>();
+      }
+      for (int64_t step = 0; step < kReduceRow; step += 32) {
+        const int64_t at = rows + row * kReduceRow + step + place * kReduceLanes;
+        if (at >= size) break;
+        const int count = static_cast<int>(min(static_cast<int64_t>(kReduceLanes), size - at));
+        const Run<T, kIn, kReduceLanes> run{p.inputs.in, offset + at, begin + at, count, aligned};
+        Lanes<T, kReduceLanes> terms[Op::kTerms];
+        op(run, g, run[op.first(g)], run[op.second(g)], terms);
+#pragma unroll
+        for (int t = 0; t < Op::kTerms; ++t) {
+#pragma unroll
+          for (int l = 0; l < kReduceLanes; ++l) {
+            if (l < count) {
+              sums[t][l] = Joined<Op>(sums[t][l], static_cast<double>(terms[t].lane[l]));
+            }
+          }
         }
       }
-    }
-    __syncthreads();  // the last group's row sums have been read
+      __syncthreads();  // the row sums of before have been read
 #pragma unroll
-    for (int t = 0; t < Op::kTerms; ++t) {
+      for (int t = 0; t < Op::kTerms; ++t) {
 #pragma unroll
-      for (int distance = kThreadsOfRow / 2; distance > 0; distance /= 2) {
+        for (int distance = kThreadsOfRow / 2; distance > 0; distance /= 2) {
 #pragma unroll
-        for (int l = 0; l < kReduceLanes; ++l) {
-          sums[t][l] += __shfl_xor_sync(0xffffffffu, sums[t][l], distance);
+          for (int l = 0; l < kReduceLanes; ++l) {
+            sums[t][l] = Joined<Op>(sums[t][l], __shfl_xor_sync(0xffffffffu, sums[t][l], distance));
+          }
+        }
+        if (place == 0) {
+          row_sums[t][row] =
+              Joined<Op>(Joined<Op>(sums[t][0], sums[t][2]), Joined<Op>(sums[t][1], sums[t][3]));
         }
       }
-      if (place == 0) row_sums[t][row] = (sums[t][0] + sums[t][2]) + (sums[t][1] + sums[t][3]);
+      __syncthreads();
+      if (threadIdx.x < Op::kTerms) {
+        for (int r = 0; r < kRows; ++r) sum = Joined<Op>(sum, row_sums[threadIdx.x][r]);
+      }
     }
-    __syncthreads();
     if (threadIdx.x < Op::kTerms) {
-      double sum = 0;
-      for (int r = 0; r < kRows; ++r) sum += row_sums[threadIdx.x][r];
       p.sums[blockIdx.x * p.terms + g * Op::kTerms + threadIdx.x] = sum;
     }
   }
 }
 
+// A thread a column, down its rows.
+template <class Op, class T, DType kIn>
+__global__ void __launch_bounds__(kMapThreads)
+    ReduceColumnsKernel(const __grid_constant__ Op op, const __grid_constant__ ReduceParams p) {
+  const int64_t columns = p.block;
+  const int64_t column = int64_t{blockIdx.x} * kMapThreads + threadIdx.x;
+  if (column >= columns) return;
+  for (int g = 0; g < op.groups(); ++g) {
+    double sums[Op::kTerms];
+#pragma unroll
+    for (int t = 0; t < Op::kTerms; ++t) sums[t] = Nothing<Op>();
+    for (int64_t at = column; at < p.size; at += columns) {
+      const Run<T, kIn, 1> run{p.inputs.in, at, p.first + at, 1, false};
+      Lanes<T, 1> terms[Op::kTerms];
+      op(run, g, run[op.first(g)], run[op.second(g)], terms);
+#pragma unroll
+      for (int t = 0; t < Op::kTerms; ++t) {
+        sums[t] = Joined<Op>(sums[t], static_cast<double>(terms[t].lane[0]));
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < Op::kTerms; ++t) p.sums[(g * Op::kTerms + t) * columns + column] = sums[t];
+  }
+}
+
 int Reduce(Stream* stream, const ReduceCall* call) {
-  if (call->blocks == 0 || call->terms == 0) return cudaSuccess;
+  const int64_t values = (call->by_columns ? call->block : call->blocks) * call->terms;
+  if (values == 0) return cudaSuccess;
   RETURN_IF_CUDA_ERROR(cudaSetDevice(stream->ordinal));
-  const int64_t bytes = call->blocks * call->terms * static_cast<int64_t>(sizeof(double));
+  const int64_t bytes = values * static_cast<int64_t>(sizeof(double));
   if (const int error = Reserve(stream, bytes); error != 0) return error;
   const int error =
       WithOp(static_cast<ReduceOp*>(nullptr), call->op, call->op_data, [&](const auto& op) {
@@ -485,18 +606,27 @@ int Reduce(Stream* stream, const ReduceCall* call) {
                                        .count = call->inputs,
                                        .first = call->first,
                                        .size = call->size,
+                                       .block = call->block,
                                        .terms = call->terms,
                                        .sums = static_cast<double*>(stream->device_scratch)};
-          ReduceKernel<Op, decltype(compute), decltype(stored)::kValue>
-              <<<static_cast<unsigned>(call->blocks), kReduceThreads, 0, stream->stream>>>(op,
-                                                                                           params);
+          using T = decltype(compute);
+          constexpr DType kIn = decltype(stored)::kValue;
+          if (call->by_columns) {
+            const auto blocks =
+                static_cast<unsigned>((call->block + kMapThreads - 1) / kMapThreads);
+            ReduceColumnsKernel<Op, T, kIn><<<blocks, kMapThreads, 0, stream->stream>>>(op, params);
+          } else {
+            ReduceKernel<Op, T, kIn>
+                <<<static_cast<unsigned>(call->blocks), kReduceThreads, 0, stream->stream>>>(
+                    op, params);
+          }
           return cudaGetLastError();
         });
       });
   if (error != 0) return error;
   if (const int fetched = FetchScratch(stream, bytes); fetched != 0) return fetched;
   const auto* sums = static_cast<const double*>(stream->host_scratch);
-  std::copy(sums, sums + call->blocks * call->terms, call->sums);
+  std::copy(sums, sums + values, call->sums);
   return cudaSuccess;
 }
 
@@ -504,6 +634,7 @@ int Reduce(Stream* stream, const ReduceCall* call) {
 
 struct HistogramParams {
   Inputs inputs;
+  int64_t first;
   int64_t size;
   bool aligned;
   int shift;
@@ -549,7 +680,7 @@ __global__ void __launch_bounds__(kHistogramThreads)
     const int64_t at = warp_at + thread % 32 * kMapLanes;
     const int count =
         static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kMapLanes), p.size - at)));
-    const Run<T, kIn, kMapLanes> run{p.inputs.in, at, at, count, p.aligned};
+    const Run<T, kIn, kMapLanes> run{p.inputs.in, at, p.first + at, count, p.aligned};
     const Lanes<T, kMapLanes> magnitude = op(run);
 #pragma unroll
     for (int l = 0; l < kMapLanes; ++l) {
@@ -587,6 +718,7 @@ int Histogram(Stream* stream, const HistogramCall* call) {
           constexpr DType kIn = decltype(stored)::kValue;
           const HistogramParams params = {
               .inputs = InputsOf(*call),
+              .first = call->first,
               .size = call->size,
               .aligned = InputsAligned<kIn, kMapLanes>(*call),
               .shift = static_cast<int>(8 * sizeof(T)) - 16 * (call->level + 1),
@@ -619,6 +751,7 @@ int Histogram(Stream* stream, const HistogramCall* call) {
 
 struct SiftParams {
   Inputs inputs;
+  int64_t first;
   int64_t size;
   bool aligned;
   SiftWindow window;
@@ -630,6 +763,8 @@ template <class Op, class T, DType kIn>
 __global__ void __launch_bounds__(kMapThreads)
     SiftKernel(const __grid_constant__ Op op, const __grid_constant__ SiftParams p) {
   const int lane = threadIdx.x % 32;
+  const T low = static_cast<T>(p.window.low), high = static_cast<T>(p.window.high),
+          most = static_cast<T>(p.window.common);
   unsigned above = 0, common = 0;
   const int64_t step = int64_t{gridDim.x} * kMapThreads * kMapLanes;
   const int64_t thread = int64_t{blockIdx.x} * kMapThreads + threadIdx.x;
@@ -638,17 +773,16 @@ __global__ void __launch_bounds__(kMapThreads)
     const int64_t at = warp_at + lane * kMapLanes;
     const int count =
         static_cast<int>(max(int64_t{0}, min(static_cast<int64_t>(kMapLanes), p.size - at)));
-    const Run<T, kIn, kMapLanes> run{p.inputs.in, at, at, count, p.aligned};
+    const Run<T, kIn, kMapLanes> run{p.inputs.in, at, p.first + at, count, p.aligned};
     const Lanes<T, kMapLanes> magnitude = op(run);
     unsigned inside = 0;
 #pragma unroll
     for (int l = 0; l < kMapLanes; ++l) {
       const T value = magnitude.lane[l];
       const bool exists = l < count;
-      above += exists && !(value <= p.window.high);
-      common += exists && value == p.window.common;
-      inside |= static_cast<unsigned>(exists && value >= p.window.low && value <= p.window.high &&
-                                      value != p.window.common)
+      above += exists && !(value <= high);
+      common += exists && value == most;
+      inside |= static_cast<unsigned>(exists && value >= low && value <= high && value != most)
                 << l;
     }
     if (!__any_sync(0xffffffffu, inside != 0)) continue;
@@ -695,6 +829,7 @@ int Sift(Stream* stream, SiftCall* call) {
           constexpr DType kIn = decltype(stored)::kValue;
           const SiftParams params = {
               .inputs = InputsOf(*call),
+              .first = call->first,
               .size = call->size,
               .aligned = InputsAligned<kIn, kMapLanes>(*call),
               .window = call->window,

@@ -41,9 +41,11 @@ struct ReduceCall {
   DType in_dtype;
   int64_t first;
   int64_t size;
+  int64_t block;  // elements; by columns: of a row
   int64_t blocks;
   int terms;
-  double* sums;  // host: terms of each block, overwritten
+  bool by_columns;
+  double* sums;  // host, overwritten: terms of each block, or each term of all columns
 };
 
 struct HistogramCall {
@@ -52,6 +54,7 @@ struct HistogramCall {
   int inputs;
   const void* in[kMaxInputs];
   DType in_dtype;
+  int64_t first;
   int64_t size;
   int level;
   uint64_t prefix;
@@ -63,7 +66,8 @@ struct SiftCall {
   const void* op_data;
   int inputs;
   const void* in[kMaxInputs];
-  DType in_dtype;  // not F64
+  DType in_dtype;
+  int64_t first;
   int64_t size;
   SiftWindow window;
   SiftCandidate* candidates;  // host: room for `size`

@@ -6,7 +6,8 @@
 //   template <class X> PEWTER_HD void operator()(const X& x, int g, V a, V b, V* terms) const;
 //
 // Terms are computed in the compute type and accumulated in double; those of group g are numbers
-// g * kTerms and on. A magnitude op is `V operator()(const X& x) const` with values >= 0.
+// g * kTerms and on. Where the op has `kLargest`, the largest is taken instead of the sum. A
+// magnitude op is `V operator()(const X& x) const` with values >= 0.
 //
 // The order of a sum is fixed, so every backend gives the same bits: a block (kReduceBlock) is cut
 // into rows of kReduceRow elements; a row has 32 lanes, lane l summing elements l, l + 32, ... in
@@ -79,30 +80,13 @@ struct DeltaAbsSums {
   PEWTER_HD int groups() const { return task.count; }
   PEWTER_HD int first(int) const { return 0; }
   PEWTER_HD int second(int g) const { return 1 + g; }
+  int64_t whole_rows() const { return task.whole_rows(); }
 
   template <class X, class V>
   PEWTER_HD void operator()(const X& x, int g, V base, V model, V* terms) const {
     const V delta = model - base;
     terms[0] = Abs(delta);
     terms[1] = Abs(task.Kept(x, g, delta));
-  }
-};
-
-// For each model: how many |delta| equal its threshold. One term a model.
-struct CountEqualMagnitude {
-  static constexpr int kTerms = 1;
-  TaskVectorSum task;
-
-  PEWTER_HD int inputs() const { return task.inputs(); }
-  PEWTER_HD int groups() const { return task.count; }
-  PEWTER_HD int first(int) const { return 0; }
-  PEWTER_HD int second(int g) const { return 1 + g; }
-
-  template <class X, class V>
-  PEWTER_HD void operator()(const X&, int g, V base, V model, V* terms) const {
-    using T = typename V::Scalar;
-    const T threshold = static_cast<T>(task.model[g].threshold);
-    terms[0] = Select(Abs(model - base) == threshold, V::Broadcast(1), V::Broadcast(0));
   }
 };
 
@@ -119,15 +103,15 @@ struct DeltaMagnitude {
 };
 
 // Backend::Sift tells where magnitudes lie with respect to a window: from low to high, where those
-// equal to `common` are so many that counting them must do.
+// equal to `common` are so many that counting them must do. Values of the compute type.
 struct SiftWindow {
-  float low = 0;
-  float high = 0;
-  float common = __builtin_nanf("");
+  double low = 0;
+  double high = 0;
+  double common = __builtin_nan("");
 };
 struct SiftCandidate {
-  float magnitude;
-  uint32_t index;  // in the views
+  float magnitude;  // of F64, rounded
+  uint32_t index;   // in the views
 };
 struct SiftCounts {
   int64_t above = 0;       // larger than high; NaN counts as such

@@ -13,6 +13,7 @@
 
 #include "base/random.h"
 #include "kernels/ops/op.h"
+#include "kernels/ops/ranked_draw.h"
 
 namespace pewter::kernels {
 
@@ -23,6 +24,7 @@ enum class Keep : int {
   kMagnitude,  // |delta| > threshold, and of those equal to it the ones with index < ties_end
   kBand,       // as kMagnitude, and not |delta| > ceiling, nor equal to it with index < ceiling_end
   kRandom,     // Philox word of (key, index) < draw_below
+  kRanked,     // by `ranked`; views hold whole rows
 };
 
 struct TaskVectorSum {
@@ -36,6 +38,7 @@ struct TaskVectorSum {
     int64_t ceiling_end = 0;
     PhiloxKey key;
     uint64_t draw_below = 0;  // density * 2^32
+    RankedDraw ranked;
   };
   int count = 0;  // models, the base excluded
   bool elect_sign = false;
@@ -45,6 +48,13 @@ struct TaskVectorSum {
   Model model[kMaxInputs - 1];
 
   PEWTER_HD int inputs() const { return count + 1; }
+  // Elements of the rows that views must hold whole; 0: they need not.
+  int64_t whole_rows() const {
+    for (int i = 0; i < count; ++i) {
+      if (model[i].keep == Keep::kRanked) return model[i].ranked.row;
+    }
+    return 0;
+  }
 
   // Model i's delta where it is kept, else 0; not scaled.
   template <class X>
@@ -66,6 +76,8 @@ struct TaskVectorSum {
       }
       case Keep::kRandom:
         return Select(x.RandomBelow(i, m.key, m.draw_below), delta, zero);
+      case Keep::kRanked:
+        return Select(x.Outranks(i, m.ranked), delta, zero);
     }
     return zero;
   }

@@ -1,11 +1,12 @@
 #include "merge/engine/tensor_run.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
-#include "merge/engine/delta_scan.h"
+#include "merge/engine/tensor_scan.h"
 
 namespace pewter {
 namespace {
@@ -16,16 +17,6 @@ using kernels::View;
 DType WorkDType(const PlanTensor& tensor) {
   const PlanInput& any = tensor.inputs.empty() ? *tensor.base : tensor.inputs.front();
   return any.source->dtype();
-}
-
-// Elements [at, at + count) of each view.
-std::vector<ConstView> Parts(absl::Span<const ConstView> views, int64_t at, int64_t count) {
-  std::vector<ConstView> parts(views.begin(), views.end());
-  for (ConstView& part : parts) {
-    part.data = static_cast<const char*>(part.data) + at * ByteWidth(part.dtype);
-    part.size = count;
-  }
-  return parts;
 }
 
 }  // namespace
@@ -62,13 +53,17 @@ const TensorSource& TensorRun::source(int operand) const {
   return operand == kBase ? *tensor_.base->source : *tensor_.inputs[operand].source;
 }
 
+int64_t TensorRun::StepOf(Cut cut) const {
+  if (cut == Cut::kTiles) return environment_.tile_elements;
+  // Whole rows, or elements of whole columns' rows.
+  const int64_t unit = cut == Cut::kRows ? row_elements() : columns();
+  return std::max<int64_t>(1, environment_.tile_elements / unit) * unit;
+}
+
 absl::Status TensorRun::ForEachTile(Operands operands, bool writes_output, Cut cut,
                                     absl::FunctionRef<absl::Status(const Tile& tile)> fn) {
   const int64_t elements = tensor_.shape.elements();
-  const int64_t row = row_elements();
-  const int64_t step = cut == Cut::kTiles
-                           ? environment_.tile_elements
-                           : std::max<int64_t>(1, environment_.tile_elements / row) * row;
+  const int64_t step = StepOf(cut);
   const int64_t width = ByteWidth(tensor_.dtype);
   const auto run_tile = [&](Lane& lane, int64_t index) {
     return fn({lane, index * step, std::min(step, elements - index * step)});
@@ -135,40 +130,98 @@ absl::Status TensorRun::CheckFinite(ConstView host, int64_t first, int operand) 
   return absl::OkStatus();
 }
 
+template <class Op>
+TensorRun::Cut TensorRun::CutFor(const Op& op) {
+  const bool rows = std::visit([](const auto& held) { return kernels::WholeRows(held) > 0; }, op);
+  return rows ? Cut::kRows : Cut::kTiles;
+}
+
+template <class Op>
+absl::StatusOr<Op> TensorRun::Placed(const Tile& tile, const Op& op, size_t operands) {
+  Op placed = op;
+  kernels::Backend& backend = tile.lane.backend();
+  kernels::AxisValues* const axis =
+      std::visit([](auto& held) { return kernels::AxisOf(held); }, placed);
+  if (axis == nullptr || backend.host_memory()) return placed;
+  const int64_t first = axis->columns ? 0 : tile.first / axis->row;
+  const int64_t lines =
+      axis->columns ? axis->row : (tile.first + tile.count - 1) / axis->row - first + 1;
+  const int64_t bytes = lines * axis->count * static_cast<int64_t>(sizeof(double));
+  const int slot = static_cast<int>(operands) + 1;  // after the result's
+  ASSIGN_OR_RETURN(void* const values, tile.lane.Device(slot, bytes));
+  RETURN_IF_ERROR(
+      backend.Upload(axis->values + (first - axis->first) * axis->count, values, bytes));
+  axis->values = static_cast<const double*>(values);
+  axis->first = first;
+  return placed;
+}
+
+// TensorScan's.
+template absl::StatusOr<kernels::MagnitudeOp> TensorRun::Placed(const Tile& tile,
+                                                                const kernels::MagnitudeOp& op,
+                                                                size_t operands);
+
 absl::StatusOr<std::vector<double>> TensorRun::ReduceBlocks(const kernels::ReduceOp& op,
-                                                            Operands operands) {
-  const int64_t blocks =
-      (tensor_.shape.elements() + kernels::kReduceBlock - 1) / kernels::kReduceBlock;
+                                                            Operands operands, int64_t block,
+                                                            Cut cut) {
   const int64_t terms = kernels::Terms(op);
-  std::vector<double> sums(blocks * terms);
-  RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false,
-                       [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
-                         ASSIGN_OR_RETURN(const std::vector<double> rows,
-                                          tile.lane.backend().Reduce(op, views, tile.first));
-                         std::copy(rows.begin(), rows.end(),
-                                   sums.begin() + tile.first / kernels::kReduceBlock * terms);
-                         return absl::OkStatus();
-                       }));
+  std::vector<double> sums((tensor_.shape.elements() + block - 1) / block * terms);
+  const auto reduce = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
+    ASSIGN_OR_RETURN(const kernels::ReduceOp placed, Placed(tile, op, views.size()));
+    ASSIGN_OR_RETURN(const std::vector<double> blocks,
+                     tile.lane.backend().ReduceBlocks(placed, views, tile.first, block));
+    std::copy(blocks.begin(), blocks.end(), sums.begin() + tile.first / block * terms);
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false, reduce, cut));
   return sums;
 }
 
 absl::StatusOr<std::vector<double>> TensorRun::Reduce(const kernels::ReduceOp& op,
                                                       Operands operands) {
-  ASSIGN_OR_RETURN(const std::vector<double> rows, ReduceBlocks(op, operands));
+  const Cut cut = CutFor(op);
+  const int64_t block = cut == Cut::kRows ? row_elements() : kernels::kReduceBlock;
+  ASSIGN_OR_RETURN(const std::vector<double> blocks, ReduceBlocks(op, operands, block, cut));
   std::vector<double> sums(kernels::Terms(op));
-  for (size_t i = 0; i < rows.size(); ++i) sums[i % sums.size()] += rows[i];
+  for (size_t i = 0; i < blocks.size(); ++i) sums[i % sums.size()] += blocks[i];
   return sums;
 }
 
-absl::StatusOr<std::vector<kernels::Threshold>> TensorRun::SelectLargestDeltas(
-    absl::Span<const DeltaRank> ranks) {
-  std::vector<int> inputs;
+absl::StatusOr<std::vector<double>> TensorRun::ReduceRows(const kernels::ReduceOp& op,
+                                                          Operands operands) {
+  return ReduceBlocks(op, operands, row_elements(), Cut::kRows);
+}
+
+absl::StatusOr<std::vector<double>> TensorRun::ReduceColumns(const kernels::ReduceOp& op,
+                                                             Operands operands) {
+  std::vector<double> sums(columns() * kernels::Terms(op));
+  // Tiles are added in their order, whichever is done first.
+  std::map<int64_t, std::vector<double>> waiting;
+  int64_t next = 0;
+  const auto reduce = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
+    ASSIGN_OR_RETURN(const kernels::ReduceOp placed, Placed(tile, op, views.size()));
+    ASSIGN_OR_RETURN(std::vector<double> of_tile,
+                     tile.lane.backend().ReduceColumns(placed, views, tile.first, columns()));
+    std::lock_guard lock(mutex_);
+    waiting.emplace(tile.first, std::move(of_tile));
+    if (tile.first != next) return absl::OkStatus();
+    while (!waiting.empty() && waiting.begin()->first == next) {
+      const std::vector<double>& part = waiting.begin()->second;
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += part[i];
+      next += StepOf(Cut::kColumns);
+      waiting.erase(waiting.begin());
+    }
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false, reduce, Cut::kColumns));
+  return sums;
+}
+
+absl::StatusOr<std::vector<kernels::Threshold>> TensorRun::SelectLargest(
+    absl::Span<const MagnitudeRank> ranks) {
   std::vector<int64_t> ks;
-  for (const DeltaRank& rank : ranks) {
-    inputs.push_back(rank.input);
-    ks.push_back(rank.k);
-  }
-  DeltaScan scan(*this, std::move(inputs));
+  for (const MagnitudeRank& rank : ranks) ks.push_back(rank.k);
+  TensorScan scan(*this, ranks);
   return kernels::SelectThresholds(scan, ks);
 }
 
@@ -185,7 +238,7 @@ absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) 
   return absl::OkStatus();
 }
 
-absl::Status TensorRun::MapPass(Operands operands, Cut cut, MapFn fn) {
+absl::Status TensorRun::Map(const kernels::MapOp& op, Operands operands) {
   // Ops compute in F32 (F64); rounding to result_dtype first is only needed when that is narrower.
   const DType compute = f64() ? DType::kF64 : DType::kF32;
   const bool direct =
@@ -201,57 +254,15 @@ absl::Status TensorRun::MapPass(Operands operands, Cut cut, MapFn fn) {
     if (!backend.host_memory()) {
       ASSIGN_OR_RETURN(out.data, tile.lane.Device(static_cast<int>(views.size()), bytes));
     }
-    RETURN_IF_ERROR(fn(tile, views, out));
+    ASSIGN_OR_RETURN(const kernels::MapOp placed, Placed(tile, op, views.size()));
+    RETURN_IF_ERROR(backend.Map(placed, views, out, tile.first));
     if (!backend.host_memory()) {
       RETURN_IF_ERROR(backend.Download(out.data, result.data(), bytes));
       RETURN_IF_ERROR(backend.Synchronize());
     }
     return Emit(tile, std::move(result), stored);
   };
-  return Pass(operands, /*writes_output=*/true, map, cut);
-}
-
-absl::Status TensorRun::Map(const kernels::MapOp& op, Operands operands) {
-  return MapPass(operands, Cut::kTiles,
-                 [&](const Tile& tile, absl::Span<const ConstView> views, View out) {
-                   return tile.lane.backend().Map(op, views, out, tile.first);
-                 });
-}
-
-absl::StatusOr<std::vector<double>> TensorRun::ReduceRows(const kernels::ReduceOp& op,
-                                                          Operands operands) {
-  const int64_t row = row_elements();
-  const int64_t terms = kernels::Terms(op);
-  std::vector<double> sums(tensor_.shape.elements() / row * terms);
-  const auto reduce = [&](const Tile& tile, absl::Span<const ConstView> views) -> absl::Status {
-    for (int64_t at = 0; at < tile.count; at += row) {
-      // Blocks are counted from the start of the row.
-      ASSIGN_OR_RETURN(const std::vector<double> blocks,
-                       tile.lane.backend().Reduce(op, Parts(views, at, row), 0));
-      double* const of_row = sums.data() + (tile.first + at) / row * terms;
-      for (size_t i = 0; i < blocks.size(); ++i) of_row[i % terms] += blocks[i];
-    }
-    return absl::OkStatus();
-  };
-  RETURN_IF_ERROR(Pass(operands, /*writes_output=*/false, reduce, Cut::kRows));
-  return sums;
-}
-
-absl::Status TensorRun::MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
-                                Operands operands) {
-  const int64_t row = row_elements();
-  return MapPass(
-      operands, Cut::kRows,
-      [&](const Tile& tile, absl::Span<const ConstView> views, View out) -> absl::Status {
-        for (int64_t at = 0; at < tile.count; at += row) {
-          View part = out;
-          part.data = static_cast<char*>(out.data) + at * ByteWidth(out.dtype);
-          part.size = row;
-          RETURN_IF_ERROR(tile.lane.backend().Map(op((tile.first + at) / row),
-                                                  Parts(views, at, row), part, tile.first + at));
-        }
-        return absl::OkStatus();
-      });
+  return Pass(operands, /*writes_output=*/true, map, CutFor(op));
 }
 
 absl::Status TensorRun::Copy(int input) {

@@ -54,19 +54,17 @@ class TensorRun : public MethodContext {
   bool f64() const override { return work_dtype_ == DType::kF64; }
   absl::StatusOr<std::vector<double>> Reduce(const kernels::ReduceOp& op,
                                              Operands operands) override;
-  absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
-                                                   Operands operands) override;
-  absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
-      absl::Span<const DeltaRank> ranks) override;
+  absl::StatusOr<std::vector<kernels::Threshold>> SelectLargest(
+      absl::Span<const MagnitudeRank> ranks) override;
   absl::Status Map(const kernels::MapOp& op, Operands operands) override;
   absl::StatusOr<std::vector<double>> ReduceRows(const kernels::ReduceOp& op,
                                                  Operands operands) override;
-  absl::Status MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
-                       Operands operands) override;
+  absl::StatusOr<std::vector<double>> ReduceColumns(const kernels::ReduceOp& op,
+                                                    Operands operands) override;
   absl::Status Copy(int input) override;
 
  private:
-  friend class DeltaScan;
+  friend class TensorScan;
 
   // One tile of a pass: elements [first, first + count).
   struct Tile {
@@ -80,15 +78,22 @@ class TensorRun : public MethodContext {
   const TensorSource& source(int operand) const;
   bool audited(int operand) const { return audited_[operand + 1]; }
   // How a pass cuts the tensor.
-  enum class Cut { kTiles, kRows };
+  enum class Cut { kTiles, kRows, kColumns };
+  int64_t StepOf(Cut cut) const;  // elements of a tile
   absl::Status ForEachTile(Operands operands, bool writes_output, Cut cut,
                            absl::FunctionRef<absl::Status(const Tile& tile)> fn);
   // Runs `fn` on every tile with the operands' elements in the backend's memory.
   absl::Status Pass(Operands operands, bool writes_output, PassFn fn, Cut cut = Cut::kTiles);
-  // Runs `fn` on every tile with a place for the result as well, and emits that.
-  using MapFn = absl::FunctionRef<absl::Status(
-      const Tile& tile, absl::Span<const kernels::ConstView> views, kernels::View out)>;
-  absl::Status MapPass(Operands operands, Cut cut, MapFn fn);
+  // How ops like `op` want the tensor cut.
+  template <class Op>
+  static Cut CutFor(const Op& op);
+  // The op with its values of rows or columns in the memory of the tile's backend. `operands`: how
+  // many views the tile has.
+  template <class Op>
+  absl::StatusOr<Op> Placed(const Tile& tile, const Op& op, size_t operands);
+  // Terms for each run of `block` elements.
+  absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op, Operands operands,
+                                                   int64_t block, Cut cut);
   // Reads an operand's elements to `host`; the first time, records what was read and checks that it
   // is finite.
   absl::Status ReadAudited(int operand, int64_t first, int64_t count, void* host);

@@ -78,8 +78,11 @@ struct MergeMethod {
   // Extra device bytes for each element, beyond tiles (0: works tile by tile, memory independent of
   // the tensor's size).
   int64_t whole_tensor_bytes_per_element = 0;
-  bool selects = false;  // calls SelectLargestDeltas
-  bool by_rows = false;  // calls ReduceRows or MapRows
+  bool selects = false;     // calls SelectLargest
+  bool by_rows = false;     // calls ReduceRows, or has ops that need whole rows
+  bool by_columns = false;  // calls ReduceColumns
+  // What the values of one input must fulfil together; null: nothing. Called while planning.
+  absl::Status (*check_input)(const ParamValues& params) = nullptr;
   absl::Status (*run)(MethodContext&) = nullptr;
 };
 
@@ -111,29 +114,30 @@ class MethodContext {
   // One pass: sums of the op's terms over the whole tensor, in a fixed order.
   virtual absl::StatusOr<std::vector<double>> Reduce(const kernels::ReduceOp& op,
                                                      Operands operands) = 0;
-  // Like Reduce but one row of terms for each block of kernels::kReduceBlock elements.
-  virtual absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op,
-                                                           Operands operands) = 0;
-  // For each: the threshold of the k largest |input - base|, 1 <= k <= elements, found with shared
+  // For each: the threshold of the k largest magnitudes, 1 <= k <= elements, found with shared
   // passes. Methods that call it say `selects`.
-  struct DeltaRank {
-    int input;
+  struct MagnitudeRank {
+    kernels::MagnitudeOp op;
+    std::vector<int> operands;
     int64_t k;
   };
-  virtual absl::StatusOr<std::vector<kernels::Threshold>> SelectLargestDeltas(
-      absl::Span<const DeltaRank> ranks) = 0;
+  virtual absl::StatusOr<std::vector<kernels::Threshold>> SelectLargest(
+      absl::Span<const MagnitudeRank> ranks) = 0;
   // The last pass: writes the output.
   virtual absl::Status Map(const kernels::MapOp& op, Operands operands) = 0;
 
-  // The same by rows: runs along the last axis; a vector is one row. Methods that call these say
-  // `by_rows`.
+  // Rows are runs along the last axis; a vector is one row. What an op knows of rows or columns
+  // (kernels::AxisValues) is in host memory and stays there while the call lasts.
   int64_t row_elements() const;
-  // One row of terms for each row of the tensor.
+  // One pass: terms for each row, those of a row together. Methods that call this or use ops that
+  // need whole rows say `by_rows`.
   virtual absl::StatusOr<std::vector<double>> ReduceRows(const kernels::ReduceOp& op,
                                                          Operands operands) = 0;
-  // `op` gives the op of a row; called from several threads.
-  virtual absl::Status MapRows(absl::FunctionRef<kernels::MapOp(int64_t row)> op,
-                               Operands operands) = 0;
+  // Columns are the vectors along the first axis. Term t of column c is value t * columns() + c.
+  // Methods that call this say `by_columns`.
+  int64_t columns() const;
+  virtual absl::StatusOr<std::vector<double>> ReduceColumns(const kernels::ReduceOp& op,
+                                                            Operands operands) = 0;
 
   // The output is an input, converted to the output's dtype; bytes are copied when dtypes agree.
   virtual absl::Status Copy(int input) = 0;

@@ -32,7 +32,7 @@ std::vector<double> Coefficients(const GramMatrix& gram) {
 
 absl::Status Run(MethodContext& context) {
   if (context.inputs() < 2) return context.Copy(MethodContext::kBase);
-  if (context.flag("filter_wise")) return MapCombinationOfRows(context, &Coefficients);
+  if (context.flag("filter_wise")) return MapCombinationOfAxis(context, Axis::kRows, &Coefficients);
   ASSIGN_OR_RETURN(const GramMatrix gram, InputGram(context, /*from_base=*/true));
   return MapCombination(context, Coefficients(gram));
 }

@@ -571,6 +571,11 @@ class Planner {
       ASSIGN_OR_RETURN(input.params, ModelParameters(*method_, place, source.parameters,
                                                      plan_.models[source.model].ref,
                                                      inputs[operand.source].name));
+      if (method_->check_input != nullptr) {
+        RETURN_IF_ERROR(Annotate(
+            method_->check_input(input.params),
+            absl::StrCat("model ", plan_.models[source.model].ref, ", tensor ", output.name)));
+      }
       tensor.inputs.push_back(std::move(input));
     }
     ASSIGN_OR_RETURN(tensor.params, TensorParameters(*method_, place, output.name));

@@ -38,8 +38,12 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     };
     std::for_each(tensor.inputs.begin(), tensor.inputs.end(), see);
     if (tensor.base) see(*tensor.base);
-    if (tensor.method != nullptr && tensor.method->by_rows && tensor.shape.rank() > 0) {
-      longest_row = std::max(longest_row, tensor.shape[tensor.shape.rank() - 1]);
+    if (tensor.method != nullptr && tensor.shape.rank() > 0) {
+      const int64_t row = tensor.shape[tensor.shape.rank() - 1];
+      if (tensor.method->by_rows) longest_row = std::max(longest_row, row);
+      if (tensor.method->by_columns && tensor.shape[0] > 0) {
+        longest_row = std::max(longest_row, tensor.shape.elements() / tensor.shape[0]);
+      }
     }
     widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
     most_operands = std::max<int64_t>(

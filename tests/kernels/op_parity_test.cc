@@ -1,7 +1,11 @@
 // Every op on every backend against the plain reference: all dtypes, sizes at the seams, views that
 // start in the middle of a vector, guard bytes around every output. Map and the order of sums are
 // exact, so the tolerance is zero.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
 #include <random>
 
 #include "tests/kernels/reference.h"
@@ -111,8 +115,45 @@ std::vector<MapOp> SampleMapOps() {
     for (int i = 0; i < count; ++i) op.unique_scale[i] = 1 + 0.07 * i;
     ops.push_back(op);
   }
+  for (int count : {1, 2, 5}) {
+    SelectedMean op;
+    op.count = count;
+    op.select_all = count == 2;
+    op.threshold = count == 1 ? 0 : 0.003;
+    op.ties_end = 90;
+    for (int i = 0; i < count; ++i) op.weight[i] = 0.1 + 0.2 * i;
+    ops.push_back(op);
+  }
   return ops;
 }
+
+// An op that knows rows or columns of `row` elements, once with its values in host memory and once
+// in the backend's.
+template <class Op>
+struct AxisOp {
+  AxisOp(Backend& backend, Op op, int64_t row, bool columns, int count, int64_t first, int64_t size)
+      : on_host(op) {
+    const int64_t first_row = columns ? 0 : first / row;
+    const int64_t lines = columns ? row : (first + size) / row - first_row + 1;
+    for (int64_t i = 0; i < lines * count; ++i) {
+      values.push_back(0.25 + 0.01 * static_cast<double>(i * 37 % 101));
+    }
+    std::vector<std::byte> bytes(values.size() * sizeof(double));
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+    uploaded = std::make_unique<DeviceBytes>(backend, bytes);
+    *AxisOf(on_host) = {.row = row,
+                        .count = count,
+                        .columns = columns,
+                        .values = values.data(),
+                        .first = first_row};
+    on_device = on_host;
+    AxisOf(on_device)->values = reinterpret_cast<const double*>(uploaded->data());
+  }
+
+  std::vector<double> values;
+  std::unique_ptr<DeviceBytes> uploaded;
+  Op on_host, on_device;
+};
 
 int InputsOf(const MapOp& op) {
   return std::visit([](const auto& held) { return held.inputs(); }, op);
@@ -128,8 +169,32 @@ class MapTest : public BackendTest {
                  << ", " << size << " elements at " << offset << ", first " << first);
     Inputs inputs(in_dtype, 8, size, offset, special, size * 31 + offset);
     inputs.Upload(backend());
-    const int64_t width = ByteWidth(out_dtype);
     for (const MapOp& op : SampleMapOps()) {
+      if (HasFatalFailure()) return;
+      CheckOp(inputs, out_dtype, offset, first, op, op);
+    }
+    // Rows shorter and longer than the runs that kernels take.
+    for (int64_t row : {1, 7, 100}) {
+      for (bool columns : {false, true}) {
+        if (HasFatalFailure()) return;
+        const AxisOp<AxisCombination> sum(backend(), {.count = 3}, row, columns, 3, first, size);
+        CheckOp(inputs, out_dtype, offset, first, sum.on_host, sum.on_device);
+        const AxisOp<AxisCombination> deltas(backend(), {.count = 2, .from_base = true}, row,
+                                             columns, 2, first, size);
+        CheckOp(inputs, out_dtype, offset, first, deltas.on_host, deltas.on_device);
+        const AxisOp<ImportantElements> important(backend(), {.threshold = 0.04}, row, columns, 1,
+                                                  first, size);
+        CheckOp(inputs, out_dtype, offset, first, important.on_host, important.on_device);
+      }
+    }
+  }
+
+  // `wanted` is the op as the reference takes it.
+  void CheckOp(Inputs& inputs, DType out_dtype, int64_t offset, int64_t first, const MapOp& wanted,
+               const MapOp& op) {
+    const DType in_dtype = inputs.dtype();
+    const int64_t size = inputs.size(), width = ByteWidth(out_dtype);
+    {
       std::vector<ConstView> views = inputs.Views();
       views.resize(InputsOf(op));
       DeviceBytes out(backend(),
@@ -154,7 +219,7 @@ class MapTest : public BackendTest {
                                out_dtype,
                                reference::Evaluate(held, inputs.Element<float>(j), first + j));
             },
-            op);
+            wanted);
         const uint64_t got = reference::ReadBits(out_dtype, bytes.data() + begin + j * width);
         ASSERT_TRUE(reference::SameValue(out_dtype, got, want))
             << "op " << op.index() << " with " << InputsOf(op) << " inputs, element " << j << ": "
@@ -293,20 +358,37 @@ std::vector<ReduceOp> SampleReduceOps() {
   sums.task.model[1].keep = Keep::kRandom;
   sums.task.model[1].draw_below = uint64_t{1} << 31;
   sums.task.model[1].key = {3, 4};
-  CountEqualMagnitude count;
-  count.task.count = 2;
-  count.task.model[0].threshold = 0;
-  count.task.model[1].threshold = 0.0625;
+  SelectedSquares squares;
+  squares.task.count = 3;
+  squares.task.select_all = false;
+  squares.task.threshold = 0.003;
   return {DotNorms{},
           sums,
-          count,
+          squares,
+          CountVarying{{.count = 2}},
           Gram{.count = 3},
           Gram{.count = 2, .from_base = true},
           OverlapCounts{{.count = 3, .epsilon = 0.0625}}};
 }
 
+// Of the ops above.
 template <class T>
-std::vector<double> ReferenceSums(const ReduceOp& op, const Inputs& inputs, int64_t first) {
+std::vector<T> ReferenceTerms(const ReduceOp& op, const std::vector<T>& x, int64_t index) {
+  return std::visit(
+      [&](const auto& held) -> std::vector<T> {
+        if constexpr (requires { reference::EvaluateTerms(held, x, index); }) {
+          return reference::EvaluateTerms(held, x, index);
+        } else {
+          ADD_FAILURE() << "no reference";
+          return std::vector<T>(Terms(op));
+        }
+      },
+      op);
+}
+
+template <class T>
+std::vector<double> ReferenceSums(const ReduceOp& op, const Inputs& inputs, int64_t first,
+                                  int64_t block_size) {
   const int terms = Terms(op);
   std::vector<double> sums;
   int64_t block = -1;
@@ -323,19 +405,15 @@ std::vector<double> ReferenceSums(const ReduceOp& op, const Inputs& inputs, int6
   };
   int64_t in_block = 0;
   for (int64_t j = 0; j < inputs.size(); ++j) {
-    if ((first + j) / kReduceBlock != block) {
+    if ((first + j) / block_size != block) {
       if (block >= 0) finish_row();
-      block = (first + j) / kReduceBlock;
+      block = (first + j) / block_size;
       in_block = 0;
       sums.insert(sums.end(), terms, 0.0);
     } else if (in_block % kReduceRow == 0) {
       finish_row();
     }
-    const std::vector<T> values = std::visit(
-        [&](const auto& held) {
-          return reference::EvaluateTerms(held, inputs.Element<T>(j), first + j);
-        },
-        op);
+    const std::vector<T> values = ReferenceTerms<T>(op, inputs.Element<T>(j), first + j);
     for (int t = 0; t < terms; ++t) lanes[t][in_block % 32] += values[t];
     ++in_block;
   }
@@ -356,13 +434,17 @@ TEST_P(ReduceTest, SumsInTheStatedOrder) {
         for (const ReduceOp& op : SampleReduceOps()) {
           std::vector<ConstView> views = inputs.Views();
           views.resize(std::visit([](const auto& held) { return held.inputs(); }, op));
-          const absl::StatusOr<std::vector<double>> got = backend().Reduce(op, views, first);
-          ASSERT_TRUE(got.ok()) << got.status();
-          const std::vector<double> want = dtype == DType::kF64
-                                               ? ReferenceSums<double>(op, inputs, first)
-                                               : ReferenceSums<float>(op, inputs, first);
-          ASSERT_EQ(*got, want) << "op " << op.index() << " of type " << static_cast<int>(dtype)
-                                << ", " << size << " elements from " << first;
+          for (int64_t block : {kReduceBlock, int64_t{3}, int64_t{1500}, kReduceBlock + 700}) {
+            if (block < 100 && size > 5000) continue;
+            const absl::StatusOr<std::vector<double>> got =
+                backend().ReduceBlocks(op, views, first, block);
+            ASSERT_TRUE(got.ok()) << got.status();
+            const std::vector<double> want = dtype == DType::kF64
+                                                 ? ReferenceSums<double>(op, inputs, first, block)
+                                                 : ReferenceSums<float>(op, inputs, first, block);
+            ASSERT_EQ(*got, want) << "op " << op.index() << " of type " << static_cast<int>(dtype)
+                                  << ", " << size << " elements from " << first << " by " << block;
+          }
         }
       }
     }
@@ -393,7 +475,211 @@ TEST_P(ReduceTest, TilesGiveTheBitsOfTheWhole) {
   }
 }
 
+TEST_P(ReduceTest, ColumnsAreSummedRowByRow) {
+  for (DType dtype : kFloats) {
+    for (const auto& [rows, columns] :
+         {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {40, 5}, {3, 2100}, {129, 64}}) {
+      const int64_t size = rows * columns, first = 11 * columns;
+      Inputs inputs(dtype, 4, size, 1, false, 29);
+      inputs.Upload(backend());
+      for (const ReduceOp& op : SampleReduceOps()) {
+        std::vector<ConstView> views = inputs.Views();
+        views.resize(std::visit([](const auto& held) { return held.inputs(); }, op));
+        std::vector<double> want(Terms(op) * columns);
+        for (int64_t j = 0; j < size; ++j) {
+          const auto add = [&](const auto& terms) {
+            for (size_t t = 0; t < terms.size(); ++t) {
+              want[t * columns + j % columns] += static_cast<double>(terms[t]);
+            }
+          };
+          if (dtype == DType::kF64) {
+            add(ReferenceTerms<double>(op, inputs.Element<double>(j), first + j));
+          } else {
+            add(ReferenceTerms<float>(op, inputs.Element<float>(j), first + j));
+          }
+        }
+        const absl::StatusOr<std::vector<double>> got =
+            backend().ReduceColumns(op, views, first, columns);
+        ASSERT_TRUE(got.ok()) << got.status();
+        ASSERT_EQ(*got, want) << "op " << op.index() << ", " << rows << " x " << columns;
+      }
+    }
+  }
+}
+
+TEST_P(ReduceTest, Largest) {
+  for (DType dtype : kFloats) {
+    const int64_t size = 5000, row = 700;
+    Inputs inputs(dtype, 2, size, 3, false, 7);
+    inputs.Upload(backend());
+    std::vector<double> want((size + row - 1) / row * 2, -INFINITY);
+    for (int64_t j = 0; j < size; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        double& largest = want[j / row * 2 + i];
+        largest = std::max(largest, inputs.Element<double>(j)[i]);
+      }
+    }
+    EXPECT_EQ(backend().ReduceBlocks(Largest{}, inputs.Views(), 0, row).value(), want);
+  }
+}
+
+// Every backend gives the bits of the plainest; those are near the formula in double.
+TEST_P(ReduceTest, Softmax) {
+  const std::unique_ptr<Backend> plain = cpu::MakeBackend(*cpu::Tables().back(), 1);
+  for (const auto& [dtype, tolerance] :
+       {std::pair<DType, double>{DType::kF64, 1e-12}, {DType::kF32, 1e-5}, {DType::kBF16, 1e-5}}) {
+    const int64_t row = 900, rows = 4, size = row * rows;
+    // Special values would make the sums NaN; large ones must not.
+    Inputs inputs(dtype, 2, size, 5, false, 41);
+    std::vector<double> largest, sums, logarithms, divergences;
+    for (int64_t r = 0; r < rows; ++r) {
+      double max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, divergence = 0;
+      const auto x = [&](int64_t j) { return inputs.Element<double>(r * row + j); };
+      for (int i = 0; i < 2; ++i) {
+        for (int64_t j = 0; j < row; ++j) max[i] = std::max(max[i], x(j)[i]);
+        for (int64_t j = 0; j < row; ++j) sum[i] += std::exp(x(j)[i] - max[i]);
+        largest.push_back(max[i]);
+        sums.push_back(sum[i]);
+      }
+      const double base = max[0] + std::log(sum[0]), model = max[1] + std::log(sum[1]);
+      logarithms.insert(logarithms.end(), {base, model - base});
+      for (int64_t j = 0; j < row; ++j) {
+        const double p = std::exp(x(j)[1] - model) + 1e-8, q = std::exp(x(j)[0] - base) + 1e-8;
+        divergence += p * std::log(p / q);
+      }
+      divergences.push_back(divergence);
+    }
+    const auto reduce = [&](Backend& on, auto op, const std::vector<double>& values) {
+      std::vector<std::byte> bytes(values.size() * sizeof(double));
+      std::memcpy(bytes.data(), values.data(), bytes.size());
+      DeviceBytes table(on, bytes);
+      op.axis = {.row = row, .count = 2, .values = reinterpret_cast<double*>(table.data())};
+      inputs.Upload(on);
+      return on.ReduceBlocks(op, inputs.Views(), 0, row).value();
+    };
+    const auto near = [&, limit = tolerance](const std::vector<double>& got,
+                                             const std::vector<double>& want) {
+      ASSERT_EQ(got.size(), want.size());
+      for (size_t i = 0; i < got.size(); ++i) EXPECT_NEAR(got[i], want[i], limit * want[i]);
+    };
+    const std::vector<double> got_sums = reduce(backend(), ExpSums{}, largest);
+    EXPECT_EQ(got_sums, reduce(*plain, ExpSums{}, largest));
+    near(got_sums, sums);
+    const std::vector<double> got = reduce(backend(), SoftmaxDivergence{}, logarithms);
+    EXPECT_EQ(got, reduce(*plain, SoftmaxDivergence{}, logarithms));
+    near(got, divergences);
+  }
+}
+
 INSTANTIATE_ON_BACKENDS(ReduceTest);
+
+class RankedTest : public BackendTest {
+ protected:
+  // Which elements stay, of a base of zeros and a model.
+  std::vector<bool> Kept(const RankedDraw& draw, const std::vector<float>& model, int64_t first) {
+    const auto size = static_cast<int64_t>(model.size());
+    std::vector<std::byte> bytes(size * 4), zeros(size * 4);
+    std::memcpy(bytes.data(), model.data(), bytes.size());
+    DeviceBytes base(backend(), zeros), uploaded(backend(), bytes), out(backend(), zeros);
+    TaskVectorSum op;
+    op.count = 1;
+    op.model[0].keep = Keep::kRanked;
+    op.model[0].ranked = draw;
+    const std::vector<ConstView> views = {{base.data(), DType::kF32, size},
+                                          {uploaded.data(), DType::kF32, size}};
+    const absl::Status status =
+        backend().Map(op, views, View{out.data(), DType::kF32, size}, first);
+    EXPECT_TRUE(status.ok()) << status;
+    const std::vector<std::byte> result = out.Fetch();
+    std::vector<bool> kept;
+    double sum = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      kept.push_back(
+          !std::equal(result.begin() + j * 4, result.begin() + j * 4 + 4, zeros.begin()));
+      if (kept.back()) sum += std::abs(model[j]);
+    }
+    // A reduction draws the same.
+    double reduced = 0;
+    const std::vector<double> sums =
+        backend().ReduceBlocks(DeltaAbsSums{op}, views, first, draw.row).value();
+    for (size_t i = 1; i < sums.size(); i += 2) reduced += sums[i];
+    EXPECT_NEAR(reduced, sum, 1e-6 * sum);
+    return kept;
+  }
+};
+
+// An element stays by its word and one other element of its row, whatever the row's length.
+TEST_P(RankedTest, IsDecidedByOneRival) {
+  for (const auto& [row, rows] :
+       {std::pair<int64_t, int64_t>{2, 700}, {33, 9}, {1000, 3}, {70'000, 2}}) {
+    for (const int64_t first_row : {int64_t{0}, int64_t{3}}) {
+      const double low = 0.25, high = row == 33 ? 1.0 : 0.55;
+      const RankedDraw draw = MakeRankedDraw(MakePhiloxKey(5, "w#0"), row, low, high);
+      std::mt19937 random(3);
+      std::vector<float> model(row * rows);
+      for (float& value : model) value = static_cast<float>(1 + random() % 50) * 0.01f;
+      const int64_t first = first_row * row;
+      const std::vector<bool> kept = Kept(draw, model, first);
+      for (int64_t j = 0; j < row * rows; ++j) {
+        const uint64_t u = PhiloxWord(draw.key, static_cast<uint64_t>(first + j));
+        const auto begin = static_cast<uint64_t>(low * 0x1p32 + 0.5);
+        const auto end = static_cast<uint64_t>(high * 0x1p32 + 0.5);
+        bool want = u < begin;
+        if (u >= begin && u < end) {
+          // The others of the row share the interval evenly, to 2^-32 of it.
+          const int64_t place = j % row;
+          const uint64_t share = (static_cast<uint64_t>(row - 1) << 32) / (end - begin);
+          auto rival = static_cast<int64_t>((u - begin) * share >> 32);
+          rival += rival >= place;
+          ASSERT_LT(rival, row);
+          const float own = model[j], other = model[j - place + rival];
+          want = own > other || (own == other && place < rival);
+        }
+        ASSERT_EQ(kept[j], want) << "element " << j << " of rows of " << row;
+      }
+    }
+  }
+}
+
+// Over many rows, the share that is kept of each rank is the probability that the rank has.
+TEST_P(RankedTest, ProbabilityFollowsTheRank) {
+  const int64_t row = 24, rows = 20'000;
+  const double density = 0.4, epsilon = 0.15;
+  const RankedDraw draw =
+      MakeRankedDraw(MakePhiloxKey(9, "w#1"), row, density - epsilon, density + epsilon);
+  std::mt19937 random(8);
+  std::vector<float> model;
+  std::vector<int> order(row);
+  std::iota(order.begin(), order.end(), 1);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::shuffle(order.begin(), order.end(), random);
+    for (int rank : order) model.push_back((random() % 2 == 0 ? 1.0f : -1.0f) * rank);
+  }
+  const std::vector<bool> kept = Kept(draw, model, 0);
+  std::vector<int> count(row);
+  for (size_t j = 0; j < model.size(); ++j) count[std::abs(model[j]) - 1] += kept[j];
+  for (int64_t r = 0; r < row; ++r) {
+    const double p = density - epsilon + 2 * epsilon * static_cast<double>(r) / (row - 1);
+    EXPECT_NEAR(count[r], p * rows, 5 * std::sqrt(p * (1 - p) * rows)) << "rank " << r + 1;
+  }
+}
+
+TEST_P(RankedTest, PartsOfRowsAreErrors) {
+  Inputs inputs(DType::kF32, 2, 20, 0, false, 1);
+  inputs.Upload(backend());
+  DeviceBytes out(backend(), std::vector<std::byte>(80));
+  TaskVectorSum op;
+  op.count = 1;
+  op.model[0].keep = Keep::kRanked;
+  op.model[0].ranked = MakeRankedDraw({}, 10, 0.3, 0.6);
+  const View view{out.data(), DType::kF32, 20};
+  EXPECT_TRUE(backend().Map(op, inputs.Views(), view, 10).ok());
+  EXPECT_EQ(backend().Map(op, inputs.Views(), view, 5).code(), absl::StatusCode::kInternal);
+  op.model[0].ranked.row = 15;
+  EXPECT_EQ(backend().Map(op, inputs.Views(), view, 0).code(), absl::StatusCode::kInternal);
+}
+
+INSTANTIATE_ON_BACKENDS(RankedTest);
 
 // What is left of threads: each number of them gives the same bits.
 TEST(ThreadsTest, AnyNumberGivesTheSameBits) {
@@ -414,7 +700,7 @@ TEST(ThreadsTest, AnyNumberGivesTheSameBits) {
     std::vector<uint64_t> bins(kRadixBins);
     ASSERT_TRUE(backend
                     ->Histogram(DeltaMagnitude{}, absl::MakeConstSpan(views).subspan(0, 2),
-                                RadixLevel{}, absl::MakeSpan(bins))
+                                /*first=*/0, RadixLevel{}, absl::MakeSpan(bins))
                     .ok());
     const std::vector<double> got_sums = backend->Reduce(sums, views, 0).value();
     DeviceBytes out(*backend, std::vector<std::byte>(size * 4));
@@ -460,8 +746,8 @@ TEST_P(HistogramTest, CountsEveryDigit) {
             if (level == 0 || key >> (shift + 16) == prefix) ++want[key >> shift & 0xffff];
           }
           const absl::Status status = backend().Histogram(
-              DeltaMagnitude{.count = count}, views, RadixLevel{.level = level, .prefix = prefix},
-              absl::MakeSpan(got));
+              DeltaMagnitude{.count = count}, views, /*first=*/0,
+              RadixLevel{.level = level, .prefix = prefix}, absl::MakeSpan(got));
           ASSERT_TRUE(status.ok()) << status;
           ASSERT_EQ(got, want) << "type " << static_cast<int>(dtype) << ", " << size
                                << " elements, level " << level;

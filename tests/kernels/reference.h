@@ -117,6 +117,8 @@ T KeptDelta(const TaskVectorSum::Model& model, T base, T x, int64_t index) {
     }
     case Keep::kRandom:
       return PhiloxWord(model.key, static_cast<uint64_t>(index)) < model.draw_below ? delta : 0;
+    case Keep::kRanked:  // needs the row: RankedTest
+      break;
   }
   return 0;
 }
@@ -221,13 +223,77 @@ std::vector<T> EvaluateTerms(const DeltaAbsSums& op, const std::vector<T>& x, in
   return terms;
 }
 template <class T>
-std::vector<T> EvaluateTerms(const CountEqualMagnitude& op, const std::vector<T>& x, int64_t) {
+T Variance(int count, const std::vector<T>& x) {
+  T mean = 0, variance = 0;
+  for (int i = 0; i < count; ++i) mean += x[1 + i] - x[0];
+  mean /= static_cast<T>(count);
+  for (int i = 0; i < count; ++i) {
+    const T distance = (x[1 + i] - x[0]) - mean;
+    variance += distance * distance;
+  }
+  return variance / static_cast<T>(count);
+}
+
+template <class T>
+bool Selected(const SelectedMean& op, const std::vector<T>& x, int64_t index) {
+  if (op.select_all) return true;
+  const T variance = Variance(op.count, x), least = static_cast<T>(op.threshold);
+  return variance > least || (variance == least && index < op.ties_end);
+}
+
+template <class T>
+T Evaluate(const SelectedMean& op, const std::vector<T>& x, int64_t index) {
+  if (!Selected(op, x, index)) return x[0] + T{0};
+  T sum = 0, counted = 0, weights = 0;
+  for (int i = 0; i < op.count; ++i) sum += x[1 + i] - x[0];
+  for (int i = 0; i < op.count; ++i) {
+    const T delta = x[1 + i] - x[0], weight = static_cast<T>(op.weight[i]);
+    if (sum >= 0 ? !(delta > 0) : !(delta < 0)) continue;
+    counted += delta * weight;
+    weights += weight;
+  }
+  const T least = static_cast<T>(1e-6);
+  return x[0] + counted / (weights > least ? weights : least);
+}
+
+template <class T>
+std::vector<T> EvaluateTerms(const SelectedSquares& op, const std::vector<T>& x, int64_t index) {
   std::vector<T> terms;
   for (int i = 0; i < op.task.count; ++i) {
-    const bool equal = std::abs(x[1 + i] - x[0]) == static_cast<T>(op.task.model[i].threshold);
-    terms.push_back(equal ? 1 : 0);
+    const T delta = x[1 + i] - x[0];
+    terms.push_back(Selected(op.task, x, index) ? delta * delta : 0);
   }
+  terms.resize((op.task.count + 3) / 4 * 4);
   return terms;
+}
+template <class T>
+std::vector<T> EvaluateTerms(const CountVarying& op, const std::vector<T>& x, int64_t) {
+  return {Variance(op.variance.count, x) > 0 ? T{1} : T{0}};
+}
+
+// Value i of the row or column of element `index`.
+template <class T>
+T Of(const AxisValues& axis, int64_t index, int i) {
+  const int64_t row = index / axis.row, column = index % axis.row;
+  return static_cast<T>(axis.columns ? axis.values[i * axis.row + column]
+                                     : axis.values[(row - axis.first) * axis.count + i]);
+}
+
+template <class T>
+T Evaluate(const AxisCombination& op, const std::vector<T>& x, int64_t index) {
+  T sum = 0;
+  for (int i = 0; i < op.count; ++i) {
+    const T coefficient = Of<T>(op.axis, index, i);
+    const T term = (op.from_base ? x[1 + i] - x[0] : x[i]) * coefficient;
+    sum = i == 0 && !op.from_base ? term : sum + term;
+  }
+  return op.from_base ? x[0] + sum : sum;
+}
+
+template <class T>
+T Evaluate(const ImportantElements& op, const std::vector<T>& x, int64_t index) {
+  const T importance = std::abs(x[1] - x[0]) * Of<T>(op.importance.axis, index, 0);
+  return importance >= static_cast<T>(op.threshold) ? x[1] : x[0];
 }
 
 }  // namespace pewter::kernels::reference

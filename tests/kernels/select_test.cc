@@ -94,9 +94,9 @@ class SelectTest : public BackendTest {
         }
         if (sizeof(T) == 8) {
           EXPECT_EQ(scan.histograms, 4) << d.name;
-          EXPECT_EQ(scan.sifts, 0) << d.name;
+          EXPECT_LE(scan.sifts, 1) << d.name << ": for ties";
         } else {
-          EXPECT_EQ(scan.sifts, 1) << d.name;
+          EXPECT_LE(scan.sifts, scan.histograms == 0 ? 1 : 2) << d.name << ": again for ties";
         }
       }
     }
@@ -204,7 +204,7 @@ class SiftTest : public BackendTest {};
 TEST_P(SiftTest, FindsEveryElementOfTheWindow) {
   const int64_t size = 70'001;
   std::mt19937 random(3);
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16, DType::kF8E4M3}) {
+  for (const DType dtype : {DType::kF64, DType::kF32, DType::kBF16, DType::kF16, DType::kF8E4M3}) {
     std::vector<float> values(size);
     for (float& value : values) value = static_cast<float>(static_cast<int>(random() % 41) - 20);
     values[12] = std::nanf("");
@@ -231,7 +231,7 @@ TEST_P(SiftTest, FindsEveryElementOfTheWindow) {
       std::vector<SiftCandidate> candidates(size);
       const absl::StatusOr<SiftCounts> counts =
           backend().Sift(DeltaMagnitude{.count = 1}, {ConstView{device.data(), dtype, size}},
-                         window, absl::MakeSpan(candidates));
+                         /*first=*/0, window, absl::MakeSpan(candidates));
       ASSERT_TRUE(counts.ok()) << counts.status();
       EXPECT_EQ(counts->above, want.above);
       EXPECT_EQ(counts->common, want.common);

@@ -39,7 +39,7 @@ class ViewScan : public MagnitudeScan {
       int64_t found = 0;
       for (int64_t at = 0; at < elements() && sifted[i].complete; at += tile_) {
         ASSIGN_OR_RETURN(const SiftCounts counts,
-                         backend_.Sift(Op(tensors[i]), Tile(tensors[i], at), windows[i],
+                         backend_.Sift(Op(tensors[i]), Tile(tensors[i], at), at, windows[i],
                                        absl::MakeSpan(candidates)));
         found += counts.candidates;
         if (found > limit) {
@@ -61,28 +61,11 @@ class ViewScan : public MagnitudeScan {
     ++histograms;
     for (size_t i = 0; i < tensors.size(); ++i) {
       for (int64_t at = 0; at < elements(); at += tile_) {
-        RETURN_IF_ERROR(backend_.Histogram(Op(tensors[i]), Tile(tensors[i], at), levels[i],
+        RETURN_IF_ERROR(backend_.Histogram(Op(tensors[i]), Tile(tensors[i], at), at, levels[i],
                                            absl::MakeSpan(bins[i])));
       }
     }
     return absl::OkStatus();
-  }
-
-  absl::StatusOr<std::vector<double>> CountEqual(Tensors tensors,
-                                                 absl::Span<const double> values) override {
-    const int64_t blocks = (elements() + kReduceBlock - 1) / kReduceBlock;
-    std::vector<double> counts(blocks * tensors.size());
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * kReduceBlock;
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        ASSIGN_OR_RETURN(
-            const std::vector<double> magnitudes,
-            Magnitudes<double>(tensors[i], first, std::min(kReduceBlock, elements() - first)));
-        counts[block * tensors.size() + i] =
-            static_cast<double>(std::count(magnitudes.begin(), magnitudes.end(), values[i]));
-      }
-    }
-    return counts;
   }
 
   absl::StatusOr<int64_t> FindEqual(int tensor, int64_t first, int64_t count, double value,

@@ -66,24 +66,34 @@ absl::Status MapCombination(MethodContext& context, absl::Span<const double> coe
   return context.Map(Combination(context, coefficients), context.AllOperands());
 }
 
-absl::Status MapCombinationOfRows(
-    MethodContext& context,
+absl::Status MapCombinationOfAxis(
+    MethodContext& context, Axis axis,
     absl::FunctionRef<std::vector<double>(const GramMatrix& gram)> coefficients) {
+  const bool columns = axis == Axis::kColumns;
   const kernels::Gram op = OpOf(context, context.has_base());
-  ASSIGN_OR_RETURN(const std::vector<double> sums, context.ReduceRows(op, context.AllOperands()));
-  const int count = op.count, pairs = op.groups();
-  const size_t rows = sums.size() / pairs;
-  std::vector<double> of_rows;
-  for (size_t row = 0; row < rows; ++row) {
-    const std::vector<double> of_row =
-        coefficients(FromSums(op, absl::MakeConstSpan(sums).subspan(row * pairs, pairs)));
-    of_rows.insert(of_rows.end(), of_row.begin(), of_row.end());
+  ASSIGN_OR_RETURN(const std::vector<double> sums,
+                   columns ? context.ReduceColumns(op, context.AllOperands())
+                           : context.ReduceRows(op, context.AllOperands()));
+  const int pairs = op.groups();
+  const auto lines = static_cast<int64_t>(sums.size()) / pairs;
+  std::vector<double> values(lines * op.count), of_line(pairs);
+  for (int64_t line = 0; line < lines; ++line) {
+    for (int pair = 0; pair < pairs; ++pair) {
+      of_line[pair] = columns ? sums[pair * lines + line] : sums[line * pairs + pair];
+    }
+    const std::vector<double> chosen = coefficients(FromSums(op, of_line));
+    for (int i = 0; i < op.count; ++i) {
+      values[columns ? i * lines + line : line * op.count + i] = chosen[i];
+    }
   }
-  return context.MapRows(
-      [&](int64_t row) {
-        return Combination(context, absl::MakeConstSpan(of_rows).subspan(row * count, count));
-      },
-      context.AllOperands());
+  const kernels::AxisCombination combination = {
+      .count = op.count,
+      .from_base = context.has_base(),
+      .axis = {.row = columns ? lines : context.row_elements(),
+               .count = op.count,
+               .columns = columns,
+               .values = values.data()}};
+  return context.Map(combination, context.AllOperands());
 }
 
 }  // namespace pewter::methods

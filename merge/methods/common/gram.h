@@ -34,10 +34,11 @@ absl::StatusOr<GramMatrix> InputGram(MethodContext& context, bool from_base);
 // Writes base + sum_i c_i (x_i - base), or sum_i c_i x_i where the context has no base.
 absl::Status MapCombination(MethodContext& context, absl::Span<const double> coefficients);
 
-// The same for each row (MethodContext::row_elements), with the coefficients that `coefficients`
-// gives for the row's Gram matrix: of the task vectors where the context has a base.
-absl::Status MapCombinationOfRows(
-    MethodContext& context,
+// The same for each row, or each column, with the coefficients that `coefficients` gives for the
+// Gram matrix of its vectors: of the task vectors where the context has a base.
+enum class Axis { kRows, kColumns };
+absl::Status MapCombinationOfAxis(
+    MethodContext& context, Axis axis,
     absl::FunctionRef<std::vector<double>(const GramMatrix& gram)> coefficients);
 
 }  // namespace pewter::methods

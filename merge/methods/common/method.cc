@@ -38,6 +38,10 @@ int64_t MethodContext::row_elements() const {
   return rank == 0 ? 1 : std::max<int64_t>(1, shape()[rank - 1]);
 }
 
+int64_t MethodContext::columns() const {
+  return shape().rank() == 0 ? 1 : shape().elements() / std::max<int64_t>(1, shape()[0]);
+}
+
 std::vector<int> MethodContext::AllOperands() const {
   std::vector<int> operands;
   if (has_base()) operands.push_back(kBase);

@@ -20,7 +20,11 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
   };
   // A model's thresholds: that of the elements down to which it keeps, and for a band that of the
   // largest, which it does not.
-  std::vector<MethodContext::DeltaRank> floors, ceilings;
+  std::vector<MethodContext::MagnitudeRank> floors, ceilings;
+  const auto largest_deltas = [](int input, int64_t k) {
+    return MethodContext::MagnitudeRank{
+        kernels::DeltaMagnitude{}, {MethodContext::kBase, input}, k};
+  };
   for (int i = 0; i < op.count; ++i) {
     TaskVectorSum::Model& model = op.model[i];
     const double density = context.number(i, "density");
@@ -34,7 +38,7 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
         break;
       case Sparsifier::kMagnitude:
         model.keep = Keep::kMagnitude;
-        floors.push_back({i, std::max<int64_t>(1, share(density))});
+        floors.push_back(largest_deltas(i, std::max<int64_t>(1, share(density))));
         break;
       case Sparsifier::kBand: {
         const int64_t kept = share(density);
@@ -42,11 +46,22 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
           model.keep = Keep::kNone;
           break;
         }
-        const int64_t largest = std::min(share(context.number(i, "gamma")), elements - kept);
-        model.keep = largest == 0 ? Keep::kMagnitude : Keep::kBand;
-        floors.push_back({i, largest + kept});
-        if (largest > 0) ceilings.push_back({i, largest});
+        const int64_t dropped = std::min(share(context.number(i, "gamma")), elements - kept);
+        model.keep = dropped == 0 ? Keep::kMagnitude : Keep::kBand;
+        floors.push_back(largest_deltas(i, dropped + kept));
+        if (dropped > 0) ceilings.push_back(largest_deltas(i, dropped));
         break;
+      }
+      case Sparsifier::kRanked: {
+        const double epsilon = context.number(i, "epsilon");
+        // In a row of one element there are no ranks.
+        if (context.row_elements() > 1) {
+          model.keep = Keep::kRanked;
+          model.ranked = kernels::MakeRankedDraw(context.random_key(i), context.row_elements(),
+                                                 density - epsilon, density + epsilon);
+          break;
+        }
+        [[fallthrough]];
       }
       case Sparsifier::kRandom:
         model.keep = Keep::kRandom;
@@ -56,12 +71,11 @@ absl::Status Sparsify(MethodContext& context, Sparsifier sparsifier, TaskVectorS
     }
   }
   if (floors.empty()) return absl::OkStatus();
-  std::vector<MethodContext::DeltaRank> ranks = floors;
+  std::vector<MethodContext::MagnitudeRank> ranks = floors;
   ranks.insert(ranks.end(), ceilings.begin(), ceilings.end());
-  ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> thresholds,
-                   context.SelectLargestDeltas(ranks));
+  ASSIGN_OR_RETURN(const std::vector<kernels::Threshold> thresholds, context.SelectLargest(ranks));
   for (size_t r = 0; r < ranks.size(); ++r) {
-    TaskVectorSum::Model& model = op.model[ranks[r].input];
+    TaskVectorSum::Model& model = op.model[ranks[r].operands.back()];
     if (r < floors.size()) {
       model.threshold = thresholds[r].value;
       model.ties_end = thresholds[r].ties_end;
@@ -101,6 +115,8 @@ std::vector<Param> TaskVectorParams(const TaskVectorOptions& options, bool norma
       {.name = "density",
        .help = options.sparsifier == Sparsifier::kRandom
                    ? "probability that an element of the task vector is kept"
+               : options.sparsifier == Sparsifier::kRanked
+                   ? "probability that an element of the task vector is kept, on average"
                    : "share of the task vector's elements that is kept, largest first",
        .scope = ParamScopeKind::kModel,
        .fallback = 1.0,
@@ -126,6 +142,15 @@ std::vector<Param> TaskVectorParams(const TaskVectorOptions& options, bool norma
                       .help = "share of the task vector's elements that is dropped, largest first",
                       .scope = ParamScopeKind::kModel,
                       .fallback = 0.01,
+                      .min = 0});
+  }
+  if (options.sparsifier == Sparsifier::kRanked) {
+    params.push_back({.name = "epsilon",
+                      .help =
+                          "how far the probability lies below `density` for the smallest element "
+                          "of a row, and above it for the largest",
+                      .scope = ParamScopeKind::kModel,
+                      .fallback = 0.15,
                       .min = 0});
   }
   return params;

@@ -1,6 +1,6 @@
-// What the task-vector family shares (task_arithmetic, ties, breadcrumbs, dare_*; formulas above
-// kernels/ops/task_vector.h): parameters with mergekit's names, and the run: sparsify, rescale,
-// weigh, elect, normalise, add to the base.
+// What the task-vector family shares (task_arithmetic, ties, breadcrumbs, dare_*, della*; formulas
+// above kernels/ops/task_vector.h): parameters with mergekit's names, and the run: sparsify,
+// rescale, weigh, elect, normalise, add to the base.
 #pragma once
 
 #include <vector>
@@ -17,6 +17,7 @@ enum class Sparsifier {
   kBand,       // drop the floor(gamma n) largest, or what density leaves, keep the next
                // floor(density n)
   kRandom,     // keep each with probability `density`
+  kRanked,     // likewise, from density - epsilon to density + epsilon by its rank in its row
 };
 
 struct TaskVectorOptions {

@@ -1,7 +1,8 @@
-// DeltaScan: passes over |input - base| of some inputs of a TensorRun, to select thresholds.
+// TensorScan: passes over magnitudes of the elements of a TensorRun, to select thresholds.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -10,11 +11,11 @@
 
 namespace pewter {
 
-class DeltaScan final : public kernels::MagnitudeScan {
+class TensorScan final : public kernels::MagnitudeScan {
  public:
-  // Tensor i of the scan is input inputs[i] of the run; an input may be there more than once.
-  DeltaScan(TensorRun& run, std::vector<int> inputs) : run_(run), inputs_(std::move(inputs)) {}
-  ~DeltaScan() override { run_.environment_.candidate_bytes += reserved_; }
+  // Tensor i of the scan has the magnitudes of ranks[i]. Both must outlive the scan.
+  TensorScan(TensorRun& run, absl::Span<const MethodContext::MagnitudeRank> ranks);
+  ~TensorScan() override { run_.environment_.candidate_bytes += reserved_; }
 
   int64_t elements() const override { return run_.shape().elements(); }
   bool f64() const override { return run_.f64(); }
@@ -24,30 +25,28 @@ class DeltaScan final : public kernels::MagnitudeScan {
                     absl::Span<kernels::Sifted> sifted) override;
   absl::Status Histogram(Tensors tensors, absl::Span<const kernels::RadixLevel> levels,
                          absl::Span<std::vector<uint64_t>> bins) override;
-  absl::StatusOr<std::vector<double>> CountEqual(Tensors tensors,
-                                                 absl::Span<const double> values) override;
   absl::StatusOr<int64_t> FindEqual(int tensor, int64_t first, int64_t count, double value,
                                     int64_t nth) override;
 
  private:
-  // What a pass over some tensors reads: the base and each input once. Tensor i is that at
-  // place[i].
+  // What a pass over some tensors reads: each operand once. Those of tensor i are at places[i].
   struct Operands {
     std::vector<int> read;
-    std::vector<size_t> place;
+    std::vector<std::vector<size_t>> places;
   };
   Operands OperandsOf(Tensors tensors) const;
-  // Elements of an operand in the compute type, as the kernels widen them.
-  template <class T>
-  absl::StatusOr<std::vector<T>> Read(int operand, int64_t first, int64_t count) const;
-  template <class T>
-  absl::StatusOr<int64_t> FindEqualAs(int input, int64_t first, int64_t count, T value,
-                                      int64_t nth) const;
+  // Elements that are looked at outside of passes, in host memory.
+  struct Elements {
+    std::vector<std::vector<std::byte>> bytes;
+    std::vector<kernels::ConstView> views;
+  };
+  absl::StatusOr<Elements> Read(const Operands& operands, int64_t first, int64_t count) const;
   // Takes memory for a tensor's candidates; false when there is none left.
   bool Reserve(int64_t candidates);
 
   TensorRun& run_;
-  const std::vector<int> inputs_;
+  const absl::Span<const MethodContext::MagnitudeRank> ranks_;
+  const std::unique_ptr<kernels::Backend> host_;
   std::mutex mutex_;
   int64_t reserved_ = 0;  // guarded by mutex_
 };
