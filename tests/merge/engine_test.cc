@@ -65,7 +65,7 @@ class EngineTest : public ::testing::Test {
     const std::string model = "  - model: $/m%.safetensors\n    parameters: {" + parameters + "}\n";
     std::string text =
         "merge_method: " + method + "\nmodels:\n" + absl::StrReplaceAll(model, {{"%", "1"}});
-    if (method != "slerp" && method != "passthrough")
+    if (method != "slerp" && method != "passthrough" && method != "arcee_fusion")
       text += absl::StrReplaceAll(model, {{"%", "2"}});
     if (with_base) text += "base_model: $/m0.safetensors\n";
     if (method == "slerp") text += "parameters: {t: 0.3}\n";
@@ -139,6 +139,10 @@ INSTANTIATE_TEST_SUITE_P(
         MethodCase{"breadcrumbs_ties", "weight: 0.7, density: 0.9, gamma: 0.3", true},
         MethodCase{"karcher", "", false}, MethodCase{"multislerp", "weight: 0.7", true},
         MethodCase{"model_stock", "filter_wise: true", true},
+        MethodCase{"nuslerp", "weight: 0.7, nuslerp_flatten: false, nuslerp_row_wise: true", true},
+        MethodCase{"della", "weight: 0.7, density: 0.4", true},
+        MethodCase{"della_linear", "weight: 0.7, density: 0.6, epsilon: 0.3", true},
+        MethodCase{"sce", "select_topk: 0.3", true}, MethodCase{"arcee_fusion", "", true},
         MethodCase{"ram", "epsilon: 0.01", true}, MethodCase{"ramplus_tl", "epsilon: 0.01", true}),
     [](const auto& info) { return info.param.method; });
 

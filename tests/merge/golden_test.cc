@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
 #include <set>
 #include <string>
 #include <vector>
@@ -118,34 +119,67 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
     }
   }
 
-  // DARE of one fine-tune: which elements stay is ours to draw, how many and with which value is
-  // not.
+  // Probabilities with which DELLA keeps the elements of a delta: by their rank in their row.
+  static std::vector<double> RankedProbabilities(const std::vector<double>& delta, int64_t row,
+                                                 double density, double epsilon) {
+    std::vector<double> probabilities(delta.size(), density);
+    if (row < 2) return probabilities;
+    std::vector<int64_t> order(row);
+    for (size_t first = 0; first < delta.size(); first += row) {
+      std::iota(order.begin(), order.end(), static_cast<int64_t>(first));
+      std::sort(order.begin(), order.end(),
+                [&](int64_t a, int64_t b) { return std::abs(delta[a]) < std::abs(delta[b]); });
+      for (int64_t rank = 0; rank < row; ++rank) {
+        probabilities[order[rank]] =
+            density - epsilon +
+            2 * epsilon * static_cast<double>(rank) / static_cast<double>(row - 1);
+      }
+    }
+    return probabilities;
+  }
+
+  // DARE or DELLA of one fine-tune: which elements stay is ours to draw, how many and with which
+  // value is not.
   void CompareRandom(const json& compare, const std::map<std::string, TinyTensor>& merged) {
     const auto base = ReadTensors("models/" + compare["base"].get<std::string>());
     const auto tuned = ReadTensors("models/" + compare["ft"].get<std::string>());
     for (const auto& [name, got] : merged) {
       const std::vector<double>&b = base.at(name).values, &x = tuned.at(name).values;
-      double all = 0, kept = 0;
-      int64_t nonzero = 0, kept_count = 0;
+      double all = 0, kept = 0, expected = 0;
+      // Of the half of the nonzero elements that are kept with the larger probabilities.
+      int64_t nonzero = 0, kept_count = 0, likely = 0, likely_kept = 0;
       std::vector<double> delta(b.size());
       for (size_t i = 0; i < b.size(); ++i) {
         delta[i] = static_cast<float>(x[i]) - static_cast<float>(b[i]);
+      }
+      const double density = compare["density"];
+      const Shape& shape = base.at(name).shape;
+      const std::vector<double> probability =
+          RankedProbabilities(delta, shape.rank() == 0 ? 1 : shape[shape.rank() - 1], density,
+                              compare.value("epsilon", 0.0));
+      for (size_t i = 0; i < b.size(); ++i) {
         const bool stays = got.values[i] != b[i];
         if (delta[i] == 0) {
           EXPECT_EQ(got.values[i], b[i]) << name;
         } else {
           ++nonzero;
+          expected += probability[i];
           all += std::abs(delta[i]);
           if (stays) kept += std::abs(delta[i]), ++kept_count;
+          if (probability[i] > density) ++likely, likely_kept += stays;
         }
       }
       if (nonzero < 400) continue;
-      const double density = compare["density"], n = static_cast<double>(nonzero);
-      EXPECT_NEAR(static_cast<double>(kept_count) / n, density,
+      const double n = static_cast<double>(nonzero);
+      EXPECT_NEAR(static_cast<double>(kept_count) / n, expected / n,
                   6 * std::sqrt(density * (1 - density) / n) + 1e-3)
           << name;
-      const double scale =
-          (compare["rescale"].get<bool>() ? all / kept : 1.0) * compare["weight"].get<double>();
+      if (compare.contains("epsilon") && nonzero > 3000) {
+        EXPECT_GT(likely_kept * (nonzero - likely), (kept_count - likely_kept) * likely) << name;
+      }
+      // Normalised, the weight of the only model makes no difference.
+      const double weight = compare.value("normalize", false) ? 1 : compare["weight"].get<double>();
+      const double scale = (compare["rescale"].get<bool>() ? all / kept : 1.0) * weight;
       for (size_t i = 0; i < b.size(); ++i) {
         if (got.values[i] != b[i]) {
           ASSERT_NEAR(got.values[i], b[i] + scale * delta[i], 5e-6) << name << " " << i;
