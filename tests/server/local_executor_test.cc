@@ -109,7 +109,7 @@ TEST_F(LocalExecutorTest, InheritsNoDescriptorsAndNoBlockedSignals) {
 }
 
 TEST_F(LocalExecutorTest, OneWorkerAJob) {
-  auto executor = Make("sleep 60");
+  auto executor = Make("exec sleep 60");
   ASSERT_THAT(executor->Submit({.job_id = "a", .token = "t"}), IsOk());
   EXPECT_EQ(executor->Submit({.job_id = "a", .token = "t"}).code(),
             absl::StatusCode::kAlreadyExists);
