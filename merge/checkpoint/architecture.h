@@ -13,6 +13,14 @@
 
 namespace pewter {
 
+// One of several sets of tensors of which every layer has exactly one: attention or convolution,
+// experts one by one or fused.
+struct ArchChoice {
+  int id = 0;          // the same for all sets of one choice; 0: always there
+  std::string set;     // "fused experts"
+  bool needed = true;  // false: a layer may have none of the sets
+};
+
 // A tensor of the architecture with its layer number filled in.
 struct ArchTensor {
   std::string name;                  // canonical: the output's name, what filters see
@@ -21,6 +29,7 @@ struct ArchTensor {
       tied_names;  // tensors that hold the same values when this one is not stored
   bool optional = false;
   bool vocabulary = false;  // rows are tokens (axis 0): subject to the tokenizer stage
+  ArchChoice choice;
 };
 
 // Where a component's tensors lie. Layer tensors are templates, instantiated by LayerTensors.
@@ -33,9 +42,9 @@ class ArchModule {
   virtual std::vector<ArchTensor> LayerTensors(int64_t layer) const = 0;
   // Layers of this component in `model` (from its config key, or counted when inferred).
   virtual absl::StatusOr<int64_t> LayerCount(const Checkpoint& model) const = 0;
-  // config.json key that holds the layer count ("num_hidden_layers"; dotted for nested); empty when
-  // there is none.
-  virtual const std::string& layer_count_key() const = 0;
+  // config.json's keys that hold the layer count ("num_hidden_layers"; dotted for nested): those
+  // that a configuration has must all be kept right. Empty when there is none.
+  virtual const std::vector<std::string>& layer_count_keys() const = 0;
   // config.json keys of other per-layer lists that a frankenmerge must slice alike ("layer_types").
   virtual std::vector<std::string> per_layer_keys() const = 0;
 };
@@ -49,9 +58,9 @@ class Architecture {
   virtual const std::vector<std::string>& tagalong_files() const = 0;
 };
 
-// The architecture that all inputs share. FailedPrecondition when they differ (unless
-// `allow_mixed`, then the first's), naming both. Raw checkpoints: one module whose pre() are all
-// names; the inputs' names must be equal.
+// The architecture that all inputs share, with as many experts as they have. FailedPrecondition
+// when they differ (unless `allow_mixed`, then the first's), naming both. Raw checkpoints: one
+// module whose pre() are all names; the inputs' names must be equal.
 absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(
     absl::Span<const std::shared_ptr<const Checkpoint>> inputs, bool allow_mixed);
 

@@ -114,10 +114,17 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
   }
   for (const ModuleLayers& module : changes.modules) {
     const auto layers = static_cast<int64_t>(module.layers.size());
-    ordered_json* count = module.module->layer_count_key().empty()
-                              ? nullptr
-                              : FindDotted(config, module.module->layer_count_key());
-    if (count != nullptr) *count = layers;
+    for (const std::string& key : module.module->layer_count_keys()) {
+      if (ordered_json* count = FindDotted(config, key); count != nullptr) *count = layers;
+    }
+    if (module.module->layer_count_keys().empty()) {
+      const auto before = module.module->LayerCount(*plan.models[donor].checkpoint);
+      if (before.ok() && *before != layers) {
+        warnings.push_back(absl::StrCat("config.json is not told that module \"",
+                                        module.module->name(), "\" has ", layers, " layers, not ",
+                                        *before, ": which key counts them is not known"));
+      }
+    }
     for (const std::string& key : module.module->per_layer_keys()) {
       ordered_json* list = FindDotted(config, key);
       if (list == nullptr || !list->is_array()) continue;

@@ -270,9 +270,7 @@ class Planner {
     }
 
     ModuleLayers layers{.module = &module};
-    for (const ArchTensor& tensor : module.pre()) {
-      RETURN_IF_ERROR(PlanSame(tensor, slices.front(), /*t=*/0));
-    }
+    RETURN_IF_ERROR(PlanSame(module.pre(), slices.front()));
     for (const Slice& slice : slices) {
       for (int64_t i = 0; i < slice.layers; ++i) {
         const double t = slice.layers == 1
@@ -283,9 +281,7 @@ class Planner {
             {.model = slice.sources[0].model, .layer = slice.sources[0].first_layer + i});
       }
     }
-    for (const ArchTensor& tensor : module.post()) {
-      RETURN_IF_ERROR(PlanSame(tensor, slices.back(), /*t=*/0));
-    }
+    RETURN_IF_ERROR(PlanSame(module.post(), slices.back()));
     layers_.push_back(std::move(layers));
     return absl::OkStatus();
   }
@@ -387,8 +383,9 @@ class Planner {
 
   // --- tensors ---------------------------------------------------------------------------------
 
-  absl::Status PlanSame(const ArchTensor& tensor, const Slice& slice, double t) {
-    return PlanTensorOf(tensor, std::vector<ArchTensor>(slice.sources.size(), tensor), slice, t);
+  // Tensors that belong to no layer.
+  absl::Status PlanSame(const std::vector<ArchTensor>& tensors, const Slice& slice) {
+    return PlanTensors(tensors, {slice.sources.size(), tensors}, slice, /*t=*/0);
   }
 
   absl::Status PlanLayer(const ArchModule& module, const Slice& slice, int64_t offset,
@@ -398,12 +395,61 @@ class Planner {
     for (const Source& source : slice.sources) {
       sources.push_back(module.LayerTensors(source.first_layer + offset));
     }
+    return PlanTensors(outputs, std::move(sources), slice, t);
+  }
+
+  // `inputs` has for each source of the slice the tensors that stand for `outputs`.
+  absl::Status PlanTensors(const std::vector<ArchTensor>& outputs,
+                           std::vector<std::vector<ArchTensor>> inputs, const Slice& slice,
+                           double t) {
+    ASSIGN_OR_RETURN(const auto chosen, ChooseSets(inputs, slice));
     for (size_t i = 0; i < outputs.size(); ++i) {
-      std::vector<ArchTensor> inputs;
-      for (std::vector<ArchTensor>& tensors : sources) inputs.push_back(std::move(tensors[i]));
-      RETURN_IF_ERROR(PlanTensorOf(outputs[i], inputs, slice, t));
+      const ArchChoice& choice = outputs[i].choice;
+      if (choice.id != 0 && chosen.at(choice.id) != choice.set) continue;
+      std::vector<ArchTensor> same;
+      for (std::vector<ArchTensor>& tensors : inputs) same.push_back(std::move(tensors[i]));
+      RETURN_IF_ERROR(PlanTensorOf(outputs[i], same, slice, t));
     }
     return absl::OkStatus();
+  }
+
+  // By choice: the set of tensors that the sources have, "" for none of them. They must agree.
+  absl::StatusOr<std::map<int, std::string>> ChooseSets(
+      const std::vector<std::vector<ArchTensor>>& inputs, const Slice& slice) const {
+    std::map<int, std::string> chosen;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const PlanModel& model = plan_.models[slice.sources[i].model];
+      struct Found {
+        std::map<std::string, int> stored;  // by set
+        const ArchTensor* first = nullptr;
+      };
+      std::map<int, Found> found;
+      for (const ArchTensor& tensor : inputs[i]) {
+        if (tensor.choice.id == 0) continue;
+        Found& one = found[tensor.choice.id];
+        if (one.first == nullptr) one.first = &tensor;
+        if (!StoredName(*model.checkpoint, tensor, false).empty()) ++one.stored[tensor.choice.set];
+      }
+      for (const auto& [id, one] : found) {
+        const auto most =
+            std::max_element(one.stored.begin(), one.stored.end(),
+                             [](const auto& a, const auto& b) { return a.second < b.second; });
+        const std::string set = most == one.stored.end() ? "" : most->first;
+        if (set.empty() && one.first->choice.needed) {
+          return absl::FailedPreconditionError(
+              absl::StrCat("model ", model.ref, " has no tensor ", one.first->name,
+                           ", nor what may stand for it; ", architecture_->name(), " needs it"));
+        }
+        const auto [known, is_new] = chosen.emplace(id, set);
+        if (is_new || known->second == set) continue;
+        const auto named = [](const std::string& text) { return text.empty() ? "nothing" : text; };
+        return absl::FailedPreconditionError(absl::StrCat(
+            "the models do not store the same kinds of tensors: where model ",
+            plan_.models[slice.sources[0].model].ref, " has ", named(known->second), ", model ",
+            model.ref, " has ", named(set), " (near ", one.first->name, ")"));
+      }
+    }
+    return chosen;
   }
 
   // The name under which a model stores a tensor; empty when it does not.

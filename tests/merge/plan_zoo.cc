@@ -181,15 +181,72 @@ PlanZoo::PlanZoo() : old_path_(fs::current_path()) {
                 "[{\"path\": \"\"}, {\"path\": \"1_Pooling\"}, {\"path\": \"../llama_a\"}]");
   folder_.Write("encoder_a/1_Pooling/config.json", "{}");
 
-  Tensors opt;
-  opt.Add("model.decoder.embed_tokens.weight", {6, 4});
+  Tensors strange;
+  strange.Add("model.decoder.embed_tokens.weight", {6, 4});
   for (int i = 0; i < 2; ++i) {
-    opt.Add(absl::StrCat("model.decoder.layers.", i, ".fc1.weight"), {4, 4});
-    opt.Add(absl::StrCat("model.decoder.layers.", i, ".fc1.bias"), {4});
+    strange.Add(absl::StrCat("model.decoder.layers.", i, ".fc1.weight"), {4, 4});
+    strange.Add(absl::StrCat("model.decoder.layers.", i, ".fc1.bias"), {4});
   }
-  const std::string opt_config = DecoderConfig("OPTForCausalLM", "opt", 2, 6, "float32");
-  Model("opt_a", opt_config, opt.list());
-  Model("opt_b", opt_config, opt.Without("layers.1.fc1.bias").list());
+  const std::string strange_config =
+      DecoderConfig("StrangeForCausalLM", "strange", 2, 6, "float32");
+  Model("strange_a", strange_config, strange.list());
+  Model("strange_b", strange_config, strange.Without("layers.1.fc1.bias").list());
+  Model("strange_head", strange_config, Tensors(strange).Add("lm_head.weight", {6, 4}).list());
+  Model("strange_untied",
+        DecoderConfig("StrangeForCausalLM", "strange", 2, 6, "float32",
+                      ", \"tie_word_embeddings\": false"),
+        strange.list());
+
+  const auto mixtral = [&](const std::string& name, int experts, bool fused) {
+    Tensors tensors = Decoder(1, 6, 4, DType::kF32).Without(".mlp.");
+    const std::string layer = "model.layers.0.";
+    if (fused) {
+      tensors.Add(layer + "mlp.gate.weight", {experts, 4});
+      tensors.Add(layer + "mlp.experts.gate_up_proj", {experts, 8, 4});
+      tensors.Add(layer + "mlp.experts.down_proj", {experts, 4, 4});
+    } else {
+      tensors.Add(layer + "block_sparse_moe.gate.weight", {experts, 4});
+      for (int i = 0; i < experts; ++i) {
+        for (const char* part : {".w1", ".w2", ".w3"}) {
+          tensors.Add(absl::StrCat(layer, "block_sparse_moe.experts.", i, part, ".weight"), {4, 4});
+        }
+      }
+    }
+    Model(name, DecoderConfig("MixtralForCausalLM", "mixtral", 1, 6, "float32"), tensors.list());
+  };
+  mixtral("mixtral_a", 2, false);
+  mixtral("mixtral_b", 2, false);
+  mixtral("mixtral_three", 3, false);
+  mixtral("mixtral_fused", 2, true);
+
+  const auto t5 = [&](const std::string& name, bool gated) {
+    Tensors tensors;
+    tensors.Add("shared.weight", {6, 4});
+    for (const std::string stack : {"encoder", "decoder"}) {
+      std::vector<std::string> parts = {"SelfAttention", "EncDecAttention", "DenseReluDense"};
+      if (stack == "encoder") parts.erase(parts.begin() + 1);
+      for (int layer : {0, 1}) {
+        for (size_t i = 0; i < parts.size(); ++i) {
+          const std::string at = absl::StrCat(stack, ".block.", layer, ".layer.", i, ".");
+          tensors.Add(at + "layer_norm.weight", {4});
+          std::vector<std::string> matrices = {"q", "k", "v", "o"};
+          if (i + 1 == parts.size()) matrices = {"wi", "wo"};
+          if (i + 1 == parts.size() && gated) matrices = {"wi_0", "wi_1", "wo"};
+          for (const std::string& matrix : matrices) {
+            tensors.Add(absl::StrCat(at, parts[i], ".", matrix, ".weight"), {4, 4});
+          }
+        }
+      }
+      tensors.Add(stack + ".final_layer_norm.weight", {4});
+    }
+    Model(name,
+          "{\"architectures\": [\"T5ForConditionalGeneration\"], \"model_type\": \"t5\", "
+          "\"num_layers\": 2, \"num_decoder_layers\": 2, \"vocab_size\": 6}",
+          tensors.list());
+  };
+  t5("t5_a", false);
+  t5("t5_gated", true);
+
   Tensors stacks;
   stacks.Add("shared.weight", {6, 4});
   stacks.Add("encoder.block.0.wi.weight", {4, 4}).Add("encoder.block.1.wi.weight", {4, 4});

@@ -26,7 +26,11 @@ namespace pewter::testing {
 //   mistral_a                        another architecture
 //   bert_a bert_old bert_ids         masked LM with position_ids; gamma and beta; other ids
 //   encoder_a encoder_b              BertModel: no prefix; b with a pooler; sentence-transformers
-//   opt_a opt_b                      not a known architecture
+//   mixtral_a mixtral_b              2 experts, stored one by one; mixtral_three has 3
+//   mixtral_fused                    2 experts in one tensor
+//   t5_a t5_gated                    2 encoder and 2 decoder layers; wi, or wi_0 and wi_1
+//   strange_a strange_b              not a known architecture
+//   strange_head strange_untied      the same with lm_head; without, and the configuration says so
 //   t5ish                            unknown, two stacks
 //   raw_a.safetensors raw_b.safetensors raw_more.safetensors
 class PlanZoo {
