@@ -83,6 +83,7 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Out
   }
   options.set_strict(plan.strict);
   options.set_allow_mixed(plan.allow_mixed);
+  options.set_truncate_vocabularies(plan.truncate_vocabularies);
   options.set_omit_tokenizer(!plan.copy_tokenizer);
   options.set_omit_model_card(!plan.write_model_card);
   return request;

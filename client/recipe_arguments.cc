@@ -140,6 +140,10 @@ void PlanArguments::Declare(CLI::App& app) {
       ->group(kResult);
   app.add_flag("--allow-crimes", allow_crimes, "Let the architectures of the models differ")
       ->group(kResult);
+  app.add_flag("--unsafe-truncate-embeddings", truncate_embeddings,
+               "Cut vocabularies of different size to the rows that all models have, whatever "
+               "tokens these stand for")
+      ->group(kResult);
   app.add_flag("--strict", strict, "Take warnings as errors")->group(kResult);
   app.add_flag_callback(
          "--no-copy-tokenizer", [this] { copy_tokenizer = false; },
@@ -156,6 +160,7 @@ absl::StatusOr<PlanOptions> PlanArguments::ToOptions() const {
                       .seed = seed,
                       .strict = strict,
                       .allow_mixed = allow_crimes,
+                      .truncate_vocabularies = truncate_embeddings,
                       .copy_tokenizer = copy_tokenizer,
                       .write_model_card = write_model_card};
   if (!memory.empty()) {

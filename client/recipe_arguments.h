@@ -41,6 +41,7 @@ struct PlanArguments {
   int threads = 0;
   uint64_t seed = 0;
   bool allow_crimes = false;
+  bool truncate_embeddings = false;
   bool strict = false;
   bool copy_tokenizer = true;
   bool write_model_card = true;

@@ -152,6 +152,7 @@ PlanOptions ToPlanOptions(const v1::MergeOptions& options) {
   result.seed = options.seed();
   result.strict = options.strict();
   result.allow_mixed = options.allow_mixed();
+  result.truncate_vocabularies = options.truncate_vocabularies();
   if (options.shard_bytes() != 0) result.shard_bytes = options.shard_bytes();
   result.copy_tokenizer = !options.omit_tokenizer();
   result.write_model_card = !options.omit_model_card();

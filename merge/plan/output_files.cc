@@ -12,12 +12,17 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "merge/checkpoint/dotted_key.h"
+#include "merge/checkpoint/printable.h"
+#include "merge/plan/tokenizer_files.h"
 
 namespace pewter {
 namespace {
 
 using nlohmann::ordered_json;
 
+constexpr absl::string_view kChatTemplate = "chat_template.jinja";
+// Further templates, by name.
+constexpr absl::string_view kMoreChatTemplates = "additional_chat_templates/";
 // What a tokenizer may consist of, processors of multimodal models included.
 constexpr absl::string_view kTokenizerFiles[] = {"tokenizer.json",
                                                  "tokenizer_config.json",
@@ -27,7 +32,7 @@ constexpr absl::string_view kTokenizerFiles[] = {"tokenizer.json",
                                                  "vocab.json",
                                                  "vocab.txt",
                                                  "merges.txt",
-                                                 "chat_template.jinja",
+                                                 kChatTemplate,
                                                  "chat_template.json",
                                                  "preprocessor_config.json",
                                                  "video_preprocessor_config.json",
@@ -92,6 +97,133 @@ std::string HubId(const PlanModel& model) {
   return hub || !folder ? std::string(path) : "";
 }
 
+// Ids of tokens in a configuration follow their tokens.
+class IdMover {
+ public:
+  IdMover(const TokenIds& ids, absl::string_view file, std::vector<std::string>& warnings)
+      : ids_(ids), file_(file), warnings_(warnings) {}
+
+  // Members of one object: "eos_token_id": 2, "eos_token_id": [2, 7], "suppress_tokens": [...]
+  void Move(ordered_json& object) {
+    if (!object.is_object()) return;
+    for (auto& [key, value] : object.items()) {
+      if (key == "forced_decoder_ids" && value.is_array() && !value.empty()) {
+        warnings_.push_back(absl::StrCat(file_, ": ", key, " is kept though ids of tokens move"));
+      }
+      const bool ids = absl::EndsWith(key, "token_id") || absl::EndsWith(key, "token_ids") ||
+                       absl::EndsWith(key, "token_index") || key == "suppress_tokens" ||
+                       key == "begin_suppress_tokens" || key == "bad_words_ids";
+      if (ids) MoveValue(key, value);
+    }
+  }
+
+ private:
+  // An id, or lists of them; an id that is gone becomes null, or leaves its list.
+  void MoveValue(const std::string& key, ordered_json& value) {
+    if (value.is_array()) {
+      ordered_json kept = ordered_json::array();
+      for (ordered_json& entry : value) {
+        MoveValue(key, entry);
+        if (!entry.is_null()) kept.push_back(std::move(entry));
+      }
+      value = kept.empty() && !value.empty() ? ordered_json() : std::move(kept);
+      return;
+    }
+    if (!value.is_number_integer()) return;
+    const int64_t id = value.get<int64_t>();
+    const auto token = ids_.tokens.find(id);
+    if (token == ids_.tokens.end()) return;  // -1, or what never was a token
+    const auto moved = ids_.output.find(token->second);
+    if (moved != ids_.output.end()) {
+      value = moved->second;
+      return;
+    }
+    // "eos_token_id": what the output's tokenizer has for the end.
+    const std::string was = absl::StrCat(file_, ": ", key, " ", id, ", ", Printable(token->second),
+                                         ", is not in the output's vocabulary");
+    const auto role = ids_.roles.find(std::string(absl::StripSuffix(key, "_id")));
+    const auto other =
+        role == ids_.roles.end() ? ids_.output.end() : ids_.output.find(role->second);
+    if (other != ids_.output.end()) {
+      warnings_.push_back(
+          absl::StrCat(was, "; it becomes ", other->second, ", ", Printable(other->first)));
+      value = other->second;
+    } else {
+      warnings_.push_back(absl::StrCat(was, " and is left out"));
+      value = nullptr;
+    }
+  }
+
+  const TokenIds& ids_;
+  const absl::string_view file_;
+  std::vector<std::string>& warnings_;
+};
+
+// generation_config.json names tokens by id, too.
+absl::Status AddGenerationConfig(int donor, const TokenIds* ids, Plan& plan) {
+  constexpr absl::string_view kFile = "generation_config.json";
+  ASSIGN_OR_RETURN(const bool present, CopyIfPresent(kFile, donor, plan));
+  if (!present || ids == nullptr) return absl::OkStatus();
+  ObjectStore& store = plan.models[donor].checkpoint->store();
+  ASSIGN_OR_RETURN(const std::string text, ReadText(store, kFile, kMaxSmallJson));
+  ordered_json config = ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!config.is_object()) {
+    return absl::DataLossError(absl::StrCat(store.Describe(kFile), ": not a JSON object"));
+  }
+  const ordered_json before = config;
+  IdMover(*ids, kFile, plan.warnings).Move(config);
+  if (config == before) return absl::OkStatus();
+  const std::string moved = config.dump(2, ' ', false, ordered_json::error_handler_t::replace);
+  for (PlanFile& file : plan.aux_files) {
+    if (file.name == kFile) file = {.name = file.name, .text = moved + "\n"};
+  }
+  return absl::OkStatus();
+}
+
+// The tokenizer of a model, copied or edited.
+absl::Status AddTokenizerFiles(int donor, const TokenizerEdit& edit, Plan& plan) {
+  const Checkpoint& model = *plan.models[donor].checkpoint;
+  bool any = false;
+  for (absl::string_view name : kTokenizerFiles) {
+    ASSIGN_OR_RETURN(const bool present, Exists(model, name));
+    if (!present) continue;
+    any = true;
+    std::optional<std::string> text;
+    if (!edit.empty()) {
+      ASSIGN_OR_RETURN(text, EditTokenizerFile(model, name, edit, plan.warnings));
+    }
+    if (text && text->empty()) continue;
+    const auto of_family = std::find_if(plan.aux_files.begin(), plan.aux_files.end(),
+                                        [&](const PlanFile& file) { return file.name == name; });
+    if (of_family != plan.aux_files.end()) plan.aux_files.erase(of_family);
+    if (text) {
+      plan.aux_files.push_back({.name = std::string(name), .text = *std::move(text)});
+    } else {
+      plan.aux_files.push_back({.name = std::string(name), .model = donor});
+    }
+  }
+  if (!any) {
+    plan.warnings.push_back(absl::StrCat("model ", plan.models[donor].ref,
+                                         " has no tokenizer files; the output has none"));
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(std::optional<std::string> added, MakeAddedTokensFile(model, edit));
+  if (added) plan.aux_files.push_back({.name = "added_tokens.json", .text = *std::move(added)});
+  ASSIGN_OR_RETURN(const bool has_template, Exists(model, kChatTemplate));
+  if (edit.chat_template && !has_template) {
+    plan.aux_files.push_back({.name = std::string(kChatTemplate), .text = *edit.chat_template});
+  }
+  ASSIGN_OR_RETURN(const auto more, model.store().List(kMoreChatTemplates));
+  for (const ObjectEntry& entry : more) {
+    if (edit.chat_template) {
+      plan.warnings.push_back(absl::StrCat(entry.key, " is left out: the recipe sets a template"));
+    } else {
+      plan.aux_files.push_back({.name = entry.key, .model = donor});
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
@@ -146,19 +278,33 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
     }
   }
   if (changes.vocabulary_rows) {
-    if (config.contains("vocab_size")) {
-      config["vocab_size"] = *changes.vocabulary_rows;
-    } else {
+    bool any = false;
+    for (absl::string_view key : kVocabularySizeKeys) {
+      ordered_json* size = FindDotted(config, key);
+      if (size == nullptr || !size->is_number_integer()) continue;
+      *size = *changes.vocabulary_rows;
+      any = true;
+    }
+    if (!any) {
       warnings.push_back(absl::StrCat("config.json of ", plan.models[donor].ref,
                                       " has no vocab_size; the output's has none either"));
+    }
+  }
+  if (changes.token_ids != nullptr) {
+    IdMover mover(*changes.token_ids, "config.json", warnings);
+    mover.Move(config);
+    for (absl::string_view key : kVocabularySizeKeys) {
+      const size_t dot = key.find('.');
+      ordered_json* part = dot == key.npos ? nullptr : FindDotted(config, key.substr(0, dot));
+      if (part != nullptr) mover.Move(*part);
     }
   }
   return config.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";
 }
 
-absl::Status AddCopiedFiles(int donor, int tokenizer_donor, const Architecture& architecture,
-                            Plan& plan) {
-  RETURN_IF_ERROR(CopyIfPresent("generation_config.json", donor, plan).status());
+absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& architecture,
+                           const TokenIds* token_ids, const TokenizerEdit& tokenizer, Plan& plan) {
+  RETURN_IF_ERROR(AddGenerationConfig(donor, token_ids, plan));
   for (const std::string& file : architecture.tagalong_files()) {
     RETURN_IF_ERROR(CopyIfPresent(file, donor, plan).status());
   }
@@ -166,17 +312,8 @@ absl::Status AddCopiedFiles(int donor, int tokenizer_donor, const Architecture& 
     ASSIGN_OR_RETURN(const bool present, CopyIfPresent(file, donor, plan));
     if (present && file == "modules.json") RETURN_IF_ERROR(CopySentenceModules(donor, plan));
   }
-  if (!plan.options.copy_tokenizer) return absl::OkStatus();
-  bool any = false;
-  for (absl::string_view file : kTokenizerFiles) {
-    ASSIGN_OR_RETURN(const bool present, CopyIfPresent(file, tokenizer_donor, plan));
-    any = any || present;
-  }
-  if (!any) {
-    plan.warnings.push_back(absl::StrCat("model ", plan.models[tokenizer_donor].ref,
-                                         " has no tokenizer files; the output has none"));
-  }
-  return absl::OkStatus();
+  return plan.options.copy_tokenizer ? AddTokenizerFiles(tokenizer_donor, tokenizer, plan)
+                                     : absl::OkStatus();
 }
 
 void AddModelCard(const Recipe& recipe, const MergeMethod& method, absl::Span<const int> models,

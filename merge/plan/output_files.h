@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "merge/plan/plan.h"
+#include "merge/plan/tokenizer.h"
 
 namespace pewter {
 
@@ -27,6 +28,7 @@ struct ConfigChanges {
   std::optional<DType> dtype;         // of the output's tensors
   std::vector<ModuleLayers> modules;  // layer counts and per-layer lists
   std::optional<int64_t> vocabulary_rows;
+  const TokenIds* token_ids = nullptr;  // null: ids stay
 };
 
 // The donor's config.json with the changes applied; everything else, and the order of keys, stays.
@@ -34,9 +36,10 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
                                            const ConfigChanges& changes,
                                            std::vector<std::string>& warnings);
 
-// Files copied from `donor` (generation config, files of the family) and `tokenizer_donor`.
-absl::Status AddCopiedFiles(int donor, int tokenizer_donor, const Architecture& architecture,
-                            Plan& plan);
+// Files of `donor` (generation config, files of the family) and of `tokenizer_donor`: copied, or
+// with the changes applied.
+absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& architecture,
+                           const TokenIds* token_ids, const TokenizerEdit& tokenizer, Plan& plan);
 
 // README.md and mergekit_config.yml. `models` in the recipe's order, `base` -1 for none.
 void AddModelCard(const Recipe& recipe, const MergeMethod& method, absl::Span<const int> models,

@@ -19,6 +19,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "kernels/backends.h"
+#include "merge/plan/chat_template.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
@@ -163,7 +164,9 @@ class Planner {
       }
     }
     input_models_ = static_cast<int>(plan_.models.size());
-    if (recipe_.tokenizer_model) RETURN_IF_ERROR(OpenModel(*recipe_.tokenizer_model));
+    if (recipe_.tokenizer && recipe_.tokenizer->model) {
+      RETURN_IF_ERROR(OpenModel(*recipe_.tokenizer->model));
+    }
     base_ = recipe_.base_model ? ModelIndex(*recipe_.base_model) : -1;
     donor_ = base_ >= 0 ? base_ : 0;
     return absl::OkStatus();
@@ -188,16 +191,26 @@ class Planner {
 
   absl::Status SetUpTokenizer() {
     tokenizer_donor_ = donor_;
-    if (!recipe_.tokenizer_from_base && !recipe_.tokenizer_model) return WarnOfVocabularies();
-    if (Model(donor_).raw()) {
-      return RecipeAt(recipe_.tokenizer_at, "raw checkpoints have no tokenizer");
+    const bool raw = Model(donor_).raw();
+    if (recipe_.chat_template) {
+      if (raw) return RecipeAt(recipe_.chat_template_at, "raw checkpoints have no chat template");
+      if (!plan_.options.copy_tokenizer) {
+        plan_.warnings.push_back(
+            "`chat_template` has no effect: the tokenizer's files are left out");
+      }
+      auto text = ChooseChatTemplate(*recipe_.chat_template, Inputs(), plan_.warnings);
+      if (!text.ok()) return Annotate(text.status(), recipe_.chat_template_at.ToString());
+      tokenizer_edit_.chat_template = *std::move(text);
     }
-    if (recipe_.tokenizer_model) tokenizer_donor_ = ModelIndex(*recipe_.tokenizer_model);
-    const auto inputs = Inputs();
-    auto alignment =
-        TokenAlignment::Make(inputs, base_, Model(tokenizer_donor_), Model(donor_), plan_.warnings);
-    if (!alignment.ok()) return Annotate(alignment.status(), recipe_.tokenizer_at.ToString());
-    alignment_ = *std::move(alignment);
+    if (!recipe_.tokenizer) return WarnOfVocabularies();
+    if (raw) return RecipeAt(recipe_.tokenizer->at, "raw checkpoints have no tokenizer");
+    if (recipe_.tokenizer->model) tokenizer_donor_ = ModelIndex(*recipe_.tokenizer->model);
+    ASSIGN_OR_RETURN(alignment_,
+                     TokenAlignment::Make(*recipe_.tokenizer, Inputs(), base_,
+                                          Model(tokenizer_donor_), Model(donor_), plan_.warnings));
+    std::optional<std::string> chat_template = std::move(tokenizer_edit_.chat_template);
+    tokenizer_edit_ = alignment_->edit();
+    tokenizer_edit_.chat_template = std::move(chat_template);
     return absl::OkStatus();
   }
 
@@ -566,6 +579,7 @@ class Planner {
                           const std::vector<Operand>& operands, const Slice& slice, double t) {
     const bool aligned = output.vocabulary && alignment_.has_value();
     DType work = operands[0].info->dtype;
+    std::optional<int64_t> cut;  // rows of a vocabulary tensor that all models have
     for (const Operand& operand : operands) {
       if (!IsFloat(operand.info->dtype)) {
         return absl::FailedPreconditionError(
@@ -573,11 +587,19 @@ class Planner {
                          ", which cannot be merged with the floating tensors of the other models"));
       }
       if (!aligned && !(operand.info->shape == operands[0].info->shape)) {
-        return Mismatch(output, operands[0], operand, slice, "shapes differ",
-                        operands[0].info->shape.ToString(), operand.info->shape.ToString(),
-                        output.vocabulary ? "; `tokenizer_source: base` merges vocabularies of "
-                                            "different size token by token"
-                                          : "");
+        const bool only_rows =
+            output.vocabulary && SameRows(operand.info->shape, operands[0].info->shape);
+        if (!only_rows || !plan_.options.truncate_vocabularies) {
+          return Mismatch(
+              output, operands[0], operand, slice, "shapes differ",
+              operands[0].info->shape.ToString(), operand.info->shape.ToString(),
+              only_rows ? "; `tokenizer_source: base` (or union) merges vocabularies of different "
+                          "size token by token, and --unsafe-truncate-embeddings cuts them to the "
+                          "rows that all have, whatever tokens these stand for"
+                        : "");
+        }
+        cut = std::min({cut.value_or(operands[0].info->shape[0]), operands[0].info->shape[0],
+                        operand.info->shape[0]});
       }
       work = Promote(work, operand.info->dtype);
     }
@@ -597,11 +619,17 @@ class Planner {
       sources.push_back(CastSource(input.source, work));
     }
     if (aligned) {
-      auto views = alignment_->Align(models, sources);
+      std::vector<std::string> warnings;
+      auto views = alignment_->Align(models, sources, warnings);
       if (!views.ok()) return Annotate(views.status(), absl::StrCat("tensor ", output.name));
+      for (const std::string& warning : warnings) {
+        plan_.warnings.push_back(absl::StrCat("tensor ", output.name, ": ", warning));
+      }
       sources = *std::move(views);
-      tensor.shape = sources[0]->shape();
+    } else if (cut) {
+      RETURN_IF_ERROR(CutVocabulary(output, operands, slice, *cut, sources));
     }
+    tensor.shape = sources[0]->shape();
 
     const ParamPlace place = PlaceAt(slice, t);
     bool base_missing = slice.base >= 0;
@@ -650,6 +678,33 @@ class Planner {
                                             " models and merged from those"));
     }
     return AddTensor(std::move(tensor));
+  }
+
+  static bool SameRows(const Shape& a, const Shape& b) {
+    return a.rank() > 0 && b.rank() > 0 && a.extents().subspan(1) == b.extents().subspan(1);
+  }
+
+  // Leaves the first `rows` rows of every source.
+  absl::Status CutVocabulary(const ArchTensor& output, const std::vector<Operand>& operands,
+                             const Slice& slice, int64_t rows,
+                             std::vector<std::shared_ptr<const TensorSource>>& sources) {
+    if (cut_rows_ && *cut_rows_ != rows) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("tensor ", output.name, " would be cut to ", rows,
+                       " rows and another vocabulary tensor to ", *cut_rows_));
+    }
+    cut_rows_ = rows;
+    std::vector<std::string> sizes;
+    for (size_t i = 0; i < sources.size(); ++i) {
+      sizes.push_back(absl::StrCat(plan_.models[slice.sources[operands[i].source].model].ref,
+                                   " has ", sources[i]->shape()[0]));
+      ASSIGN_OR_RETURN(sources[i], FirstRows(std::move(sources[i]), rows));
+    }
+    plan_.warnings.push_back(absl::StrCat("tensor ", output.name, " is cut to its first ", rows,
+                                          " rows (", absl::StrJoin(sizes, ", "),
+                                          "); rows are merged by index, whatever tokens they "
+                                          "stand for, and tokens beyond have none"));
+    return absl::OkStatus();
   }
 
   // The only operand is the result.
@@ -778,9 +833,14 @@ class Planner {
     if (!raw) {
       ConfigChanges changes{.modules = layers_};
       changes.dtype = OutputDType();
-      if (alignment_) changes.vocabulary_rows = alignment_->rows();
+      changes.vocabulary_rows = cut_rows_;
+      if (alignment_) {
+        changes.vocabulary_rows = alignment_->rows();
+        changes.token_ids = &alignment_->ids();
+      }
       ASSIGN_OR_RETURN(plan_.config_json, MakeConfigJson(plan_, donor_, changes, plan_.warnings));
-      RETURN_IF_ERROR(AddCopiedFiles(donor_, tokenizer_donor_, *architecture_, plan_));
+      RETURN_IF_ERROR(AddModelFiles(donor_, tokenizer_donor_, *architecture_, changes.token_ids,
+                                    tokenizer_edit_, plan_));
     }
     if (plan_.options.write_model_card) {
       std::vector<int> models;
@@ -825,8 +885,9 @@ class Planner {
     }
     // Reductions of a GPU and of a CPU agree within a tolerance only.
     add(options.device == "cpu" ? "cpu" : "gpu");
-    add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.shard_bytes, " ",
-                     options.copy_tokenizer, " ", options.write_model_card));
+    add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies,
+                     " ", options.shard_bytes, " ", options.copy_tokenizer, " ",
+                     options.write_model_card));
     for (const InputFile& file : plan_.files) {
       add_stat(file.stat);
       add(absl::StrCat(file.header_crc32c));
@@ -858,6 +919,8 @@ class Planner {
   int tokenizer_donor_ = 0;
   std::shared_ptr<const Architecture> architecture_;
   std::optional<TokenAlignment> alignment_;
+  TokenizerEdit tokenizer_edit_;
+  std::optional<int64_t> cut_rows_;  // of vocabulary tensors that were cut to a common size
   std::vector<ModuleLayers> layers_;
   absl::flat_hash_set<std::string> output_names_;
   absl::flat_hash_set<std::string> known_names_;          // what filters see

@@ -26,6 +26,8 @@ struct PlanOptions {
   uint64_t seed = 0;
   bool strict = false;       // warnings are errors
   bool allow_mixed = false;  // architectures of inputs may differ (mergekit's --allow-crimes)
+  bool truncate_vocabularies =
+      false;  // to the fewest rows (mergekit's --unsafe-truncate-embeddings)
   int64_t shard_bytes =
       5'000'000'000;  // data bytes of an output shard; a larger tensor gets its own
   bool copy_tokenizer = true;

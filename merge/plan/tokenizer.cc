@@ -3,142 +3,43 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <nlohmann/json.hpp>
+#include <mutex>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
-#include "absl/strings/strip.h"
+#include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "kernels/backend.h"
+#include "merge/checkpoint/printable.h"
+#include "merge/checkpoint/stored_source.h"
 
 namespace pewter {
 namespace {
 
-using nlohmann::json;
+constexpr size_t kTokensShown = 5;
 
-constexpr int64_t kMaxTokenizerBytes = int64_t{256} << 20;
-constexpr int64_t kMaxTokens = int64_t{1} << 24;
-
-// Text of a model's file; nullopt when it has none.
-absl::StatusOr<std::optional<std::string>> ReadOptional(const Checkpoint& model,
-                                                        absl::string_view key) {
-  const auto stat = model.store().Stat(key);
-  if (absl::IsNotFound(stat.status())) return std::nullopt;
-  if (!stat.ok()) return stat.status();
-  ASSIGN_OR_RETURN(std::string text, ReadText(model.store(), key, kMaxTokenizerBytes));
-  return text;
-}
-
-class VocabularyReader {
- public:
-  explicit VocabularyReader(const Checkpoint& model) : model_(model) {}
-
-  absl::StatusOr<std::optional<Vocabulary>> Read() {
-    ASSIGN_OR_RETURN(const std::optional<std::string> fast, ReadOptional(model_, kTokenizer));
-    if (fast) {
-      RETURN_IF_ERROR(ReadFast(*fast));
-      return std::move(vocabulary_);
-    }
-    ASSIGN_OR_RETURN(const std::optional<std::string> map, ReadOptional(model_, "vocab.json"));
-    ASSIGN_OR_RETURN(const std::optional<std::string> lines, ReadOptional(model_, "vocab.txt"));
-    if (map) {
-      RETURN_IF_ERROR(AddMap("vocab.json", json::parse(*map, nullptr, false)));
-    } else if (lines) {
-      int64_t id = 0;
-      for (absl::string_view line : absl::StrSplit(absl::StripSuffix(*lines, "\n"), '\n')) {
-        RETURN_IF_ERROR(Add("vocab.txt", absl::StripSuffix(line, "\r"), id++));
-      }
-    } else {
-      return std::nullopt;
-    }
-    ASSIGN_OR_RETURN(const std::optional<std::string> added,
-                     ReadOptional(model_, "added_tokens.json"));
-    if (added) RETURN_IF_ERROR(AddMap("added_tokens.json", json::parse(*added, nullptr, false)));
-    return std::move(vocabulary_);
-  }
-
- private:
-  static constexpr absl::string_view kTokenizer = "tokenizer.json";
-
-  absl::Status Malformed(absl::string_view key, absl::string_view why) const {
-    return absl::DataLossError(absl::StrCat(model_.store().Describe(key), ": ", why));
-  }
-
-  absl::Status Add(absl::string_view key, absl::string_view token, int64_t id) {
-    if (id < 0 || id >= kMaxTokens) {
-      return Malformed(key, absl::StrCat("token id ", id, " is out of range"));
-    }
-    vocabulary_[token] = id;
-    return absl::OkStatus();
-  }
-
-  // {TOKEN: ID, ...}
-  absl::Status AddMap(absl::string_view key, const json& map) {
-    if (!map.is_object()) return Malformed(key, "not a JSON object of tokens");
-    for (const auto& [token, id] : map.items()) {
-      if (!id.is_number_integer()) return Malformed(key, "a token id is not a whole number");
-      RETURN_IF_ERROR(Add(key, token, id.get<int64_t>()));
-    }
-    return absl::OkStatus();
-  }
-
-  // {"model": {"vocab": {TOKEN: ID} or [[TOKEN, SCORE], ...]}, "added_tokens": [{id, content}]}
-  absl::Status ReadFast(const std::string& text) {
-    const json root = json::parse(text, nullptr, /*allow_exceptions=*/false);
-    const json* vocab = nullptr;
-    if (root.is_object() && root.contains("model") && root["model"].is_object() &&
-        root["model"].contains("vocab")) {
-      vocab = &root["model"]["vocab"];
-    }
-    if (vocab == nullptr) return Malformed(kTokenizer, "has no model.vocab");
-    if (vocab->is_array()) {
-      int64_t id = 0;
-      for (const json& entry : *vocab) {
-        if (!entry.is_array() || entry.empty() || !entry[0].is_string()) {
-          return Malformed(kTokenizer, "model.vocab has an entry that is not [token, score]");
-        }
-        RETURN_IF_ERROR(Add(kTokenizer, entry[0].get_ref<const std::string&>(), id++));
-      }
-    } else {
-      RETURN_IF_ERROR(AddMap(kTokenizer, *vocab));
-    }
-    const auto added = root.find("added_tokens");
-    if (added == root.end() || added->is_null()) return absl::OkStatus();
-    for (const json& entry : *added) {
-      if (!entry.is_object() || !entry.contains("id") || !entry["id"].is_number_integer() ||
-          !entry.contains("content") || !entry["content"].is_string()) {
-        return Malformed(kTokenizer, "added_tokens has an entry without id and content");
-      }
-      RETURN_IF_ERROR(Add(kTokenizer, entry["content"].get_ref<const std::string&>(),
-                          entry["id"].get<int64_t>()));
-    }
-    return absl::OkStatus();
-  }
-
-  const Checkpoint& model_;
-  Vocabulary vocabulary_;
-};
-
-// config.json's vocab_size; the greatest int64 when there is none.
-int64_t VocabularySize(const Checkpoint& model) {
-  const json config = json::parse(model.config_json(), nullptr, /*allow_exceptions=*/false);
-  if (!config.is_object()) return std::numeric_limits<int64_t>::max();
-  const auto size = config.find("vocab_size");
-  return size != config.end() && size->is_number_integer() ? size->get<int64_t>()
-                                                           : std::numeric_limits<int64_t>::max();
+// Tokens for a message, the first few of them.
+std::string Shown(std::vector<std::string> tokens) {
+  const size_t count = tokens.size();
+  if (count > kTokensShown) tokens.resize(kTokensShown);
+  for (std::string& token : tokens) token = Printable(token);
+  return absl::StrCat(
+      absl::StrJoin(tokens, ", "),
+      count > kTokensShown ? absl::StrCat(" and ", count - kTokensShown, " more") : std::string());
 }
 
 // Where a row of a view comes from.
 struct RowOrigin {
   static constexpr int32_t kZeros = -1;
-  static constexpr int32_t kMean = -2;  // `row` is an index into RowTable::means
-  int32_t source = kZeros;              // index of the source
+  static constexpr int32_t kMean = -2;     // `row` is an index into RowTable::means
+  static constexpr int32_t kPadding = -3;  // the mean of the rows that are no padding
+  int32_t source = kZeros;                 // index of the source
   int32_t row = 0;
 };
 
 struct RowTable {
-  std::vector<RowOrigin> rows;
+  std::vector<RowOrigin> rows;  // further rows are padding
   std::vector<std::vector<RowOrigin>> means;
 };
 
@@ -158,6 +59,8 @@ class AlignedSource final : public TensorSource {
     for (const auto& mean : table_.means) {
       bytes += static_cast<int64_t>(mean.size() * sizeof(RowOrigin) + sizeof(mean));
     }
+    // The padding row, and its sum while it is computed.
+    bytes += width_ * (ByteWidth(dtype()) + static_cast<int64_t>(sizeof(double)));
     return bytes + sources_[self_]->resident_bytes();
   }
 
@@ -168,10 +71,10 @@ class AlignedSource final : public TensorSource {
       const int64_t row = first / width_;
       const int64_t within = first % width_;
       int64_t run = 1;  // rows that follow one another in their source too
-      const RowOrigin origin = table_.rows[row];
+      const RowOrigin origin = Origin(row);
       while (origin.source >= 0 && run * width_ < within + count &&
-             table_.rows[row + run].source == origin.source &&
-             table_.rows[row + run].row == origin.row + run) {
+             Origin(row + run).source == origin.source &&
+             Origin(row + run).row == origin.row + run) {
         ++run;
       }
       const int64_t part = std::min(count, run * width_ - within);
@@ -181,6 +84,8 @@ class AlignedSource final : public TensorSource {
             sources_[origin.source]->Read(origin.row * width_ + within, part, to, observer));
       } else if (origin.source == RowOrigin::kMean) {
         RETURN_IF_ERROR(ReadMean(table_.means[origin.row], within, part, to, observer));
+      } else if (origin.source == RowOrigin::kPadding) {
+        RETURN_IF_ERROR(ReadPadding(within, to));
       } else {
         std::memset(to.data(), 0, to.size());
       }
@@ -209,91 +114,326 @@ class AlignedSource final : public TensorSource {
     return absl::OkStatus();
   }
 
+  RowOrigin Origin(int64_t row) const {
+    return row < static_cast<int64_t>(table_.rows.size())
+               ? table_.rows[row]
+               : RowOrigin{.source = RowOrigin::kPadding};
+  }
+
+  // Elements of the padding row from `within` on.
+  absl::Status ReadPadding(int64_t within, absl::Span<std::byte> out) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (padding_.empty()) RETURN_IF_ERROR(ComputePadding());
+    std::memcpy(out.data(), padding_.data() + within * ByteWidth(dtype()), out.size());
+    return absl::OkStatus();
+  }
+
+  // One pass over the other rows, always in the same order. It is not audited: whoever reads the
+  // whole view reads them again.
+  absl::Status ComputePadding() const {
+    constexpr int64_t kBlockElements = int64_t{1} << 16;
+    const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, width_));
+    std::vector<std::byte> bytes(block * width_ * ByteWidth(dtype()));
+    std::vector<double> values(block * width_);
+    std::vector<double> sum(width_, 0.0);
+    int64_t count = 0;
+    const int64_t end = static_cast<int64_t>(table_.rows.size());
+    for (int64_t row = 0; row < end;) {
+      int64_t run = 0;
+      while (run < block && row + run < end &&
+             table_.rows[row + run].source != RowOrigin::kPadding) {
+        ++run;
+      }
+      const int64_t elements = run * width_;
+      RETURN_IF_ERROR(Read(row * width_, elements,
+                           {bytes.data(), size_t(elements * ByteWidth(dtype()))}, nullptr));
+      kernels::Convert({.data = bytes.data(), .dtype = dtype(), .size = elements},
+                       {.data = values.data(), .dtype = DType::kF64, .size = elements});
+      for (int64_t i = 0; i < elements; ++i) sum[i % width_] += values[i];
+      count += run;
+      row += std::max<int64_t>(run, 1);
+    }
+    for (double& value : sum) value /= static_cast<double>(std::max<int64_t>(1, count));
+    padding_.resize(width_ * ByteWidth(dtype()));
+    kernels::Convert({.data = sum.data(), .dtype = DType::kF64, .size = width_},
+                     {.data = padding_.data(), .dtype = dtype(), .size = width_});
+    return absl::OkStatus();
+  }
+
   const int self_;
   const std::vector<std::shared_ptr<const TensorSource>> sources_;
   const RowTable table_;
   const Shape shape_;
   int64_t width_ = 1;
+  mutable std::mutex mutex_;                // guards padding_
+  mutable std::vector<std::byte> padding_;  // empty until the first read of it
 };
+
+class FirstRowsSource final : public TensorSource {
+ public:
+  FirstRowsSource(std::shared_ptr<const TensorSource> source, Shape shape)
+      : source_(std::move(source)), shape_(shape) {}
+
+  DType dtype() const override { return source_->dtype(); }
+  const Shape& shape() const override { return shape_; }
+  const std::string& name() const override { return source_->name(); }
+  int64_t resident_bytes() const override { return source_->resident_bytes(); }
+  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                    ReadObserver* observer) const override {
+    RETURN_IF_ERROR(CheckReadRange(*this, first, count, out.size()));
+    return source_->Read(first, count, out, observer);
+  }
+
+ private:
+  const std::shared_ptr<const TensorSource> source_;
+  const Shape shape_;
+};
+
+absl::StatusOr<Shape> WithRows(const Shape& shape, int64_t rows) {
+  std::vector<int64_t> extents(shape.extents().begin(), shape.extents().end());
+  extents[0] = rows;
+  return Shape::Make(extents);
+}
 
 }  // namespace
 
-absl::StatusOr<std::optional<Vocabulary>> ReadVocabulary(const Checkpoint& model) {
-  auto vocabulary = VocabularyReader(model).Read();
-  if (!vocabulary.ok()) {
-    return Annotate(vocabulary.status(), absl::StrCat("model ", model.ref().ToString()));
+// Makes a TokenAlignment in the order in which ids are given out.
+class TokenAlignment::Builder {
+ public:
+  Builder(const RecipeTokenizer& recipe, absl::Span<const std::shared_ptr<const Checkpoint>> models,
+          int base, std::vector<std::string>& warnings)
+      : recipe_(recipe), models_(models), warnings_(warnings) {
+    result_.base_ = base;
+    for (const auto& model : models) result_.models_.push_back(model->ref().ToString());
   }
-  return vocabulary;
-}
 
-absl::StatusOr<bool> VocabulariesDiffer(const Checkpoint& a, const Checkpoint& b) {
-  for (absl::string_view key : {"tokenizer.json", "vocab.json", "vocab.txt"}) {
-    ASSIGN_OR_RETURN(const auto text_a, ReadOptional(a, key));
-    ASSIGN_OR_RETURN(const auto text_b, ReadOptional(b, key));
-    if (text_a.has_value() != text_b.has_value()) break;
-    if (!text_a.has_value()) continue;
-    if (*text_a == *text_b) return false;
-    break;
+  absl::StatusOr<TokenAlignment> Make(const Checkpoint& source, const Checkpoint& donor) {
+    RETURN_IF_ERROR(Annotate(ReadAll(source, donor), recipe_.at.ToString()));
+    result_.edit_.listed = source_.added;
+    result_.edit_.surplus = source_.surplus;
+    vocabulary_ = source_.vocabulary;
+    for (const auto& [token, id] : vocabulary_) next_ = std::max(next_, id + 1);
+    if (!source_.surplus.empty()) {
+      warnings_.push_back(absl::StrCat(
+          "model ", source.ref().ToString(), ": ", source_.surplus.size(),
+          " tokens have ids beyond config.json's vocab_size and are left out of the tokenizer: ",
+          Shown(Contents(source_.surplus))));
+    }
+    if (recipe_.source == RecipeTokenizer::Source::kUnion) Unite();
+    for (const RecipeToken& token : recipe_.tokens) RETURN_IF_ERROR(AddRecipeToken(token));
+    RETURN_IF_ERROR(Annotate(CheckGaps(source), recipe_.at.ToString()));
+    SetRows();
+    for (const RecipeToken& token : recipe_.tokens) RETURN_IF_ERROR(AddRule(token));
+    result_.ids_.output = std::move(vocabulary_);
+    result_.ids_.roles = source_.roles;
+    return std::move(result_);
   }
-  ASSIGN_OR_RETURN(const auto vocabulary_a, ReadVocabulary(a));
-  ASSIGN_OR_RETURN(const auto vocabulary_b, ReadVocabulary(b));
-  return vocabulary_a && vocabulary_b && *vocabulary_a != *vocabulary_b;
-}
 
-absl::StatusOr<TokenAlignment> TokenAlignment::Make(
-    absl::Span<const std::shared_ptr<const Checkpoint>> models, int base,
-    const Checkpoint& tokenizer, const Checkpoint& fallback, std::vector<std::string>& warnings) {
-  const auto require = [](const Checkpoint& model) -> absl::StatusOr<Vocabulary> {
-    ASSIGN_OR_RETURN(std::optional<Vocabulary> vocabulary, ReadVocabulary(model));
-    if (!vocabulary) {
+ private:
+  static absl::StatusOr<Tokenizer> Require(const Checkpoint& model) {
+    ASSIGN_OR_RETURN(std::optional<Tokenizer> tokenizer, ReadTokenizer(model));
+    if (!tokenizer) {
       return absl::FailedPreconditionError(
           absl::StrCat("model ", model.ref().ToString(),
                        ": its tokenizer is needed and it has none of tokenizer.json, vocab.json "
                        "and vocab.txt"));
     }
-    return *std::move(vocabulary);
-  };
-
-  ASSIGN_OR_RETURN(const Vocabulary output, require(tokenizer));
-  TokenAlignment alignment;
-  alignment.base_ = base;
-  for (const auto& [token, id] : output) alignment.rows_ = std::max(alignment.rows_, id + 1);
-  if (const int64_t size = VocabularySize(tokenizer); alignment.rows_ > size) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "model ", tokenizer.ref().ToString(), ": its tokenizer has ids up to ", alignment.rows_ - 1,
-        " and config.json's vocab_size is ", size,
-        "; a tokenizer with surplus tokens cannot be the output's in this version of Pewter"));
+    return *std::move(tokenizer);
   }
 
-  std::vector<bool> held(alignment.rows_, false);
-  for (const auto& model : models) {
-    ASSIGN_OR_RETURN(std::optional<Vocabulary> own, ReadVocabulary(*model));
-    if (!own) {
-      warnings.push_back(absl::StrCat("model ", model->ref().ToString(),
-                                      " has no tokenizer; it is taken to have that of ",
-                                      fallback.ref().ToString()));
-      ASSIGN_OR_RETURN(own, require(fallback));
+  static std::vector<std::string> Contents(const std::map<int64_t, std::string>& tokens) {
+    std::vector<std::string> contents;
+    for (const auto& [id, token] : tokens) contents.push_back(token);
+    return contents;
+  }
+
+  absl::Status ReadAll(const Checkpoint& source, const Checkpoint& donor) {
+    ASSIGN_OR_RETURN(source_, Require(source));
+    Tokenizer of_donor;
+    if (&donor == &source) {
+      of_donor = source_;
+    } else {
+      ASSIGN_OR_RETURN(of_donor, Require(donor));
     }
-    const int64_t size = VocabularySize(*model);
-    std::vector<int64_t>& rows = alignment.own_.emplace_back(alignment.rows_, -1);
-    for (const auto& [token, id] : output) {
-      const auto it = own->find(token);
-      if (it == own->end() || it->second >= size) continue;
-      rows[id] = it->second;
-      held[id] = true;
+    for (const auto& [token, id] : of_donor.vocabulary) result_.ids_.tokens[id] = token;
+    for (const auto& model : models_) {
+      if (model.get() == &source || model.get() == &donor) {
+        tokenizers_.push_back(model.get() == &source ? source_ : of_donor);
+        continue;
+      }
+      ASSIGN_OR_RETURN(std::optional<Tokenizer> own, ReadTokenizer(*model));
+      if (!own) {
+        warnings_.push_back(absl::StrCat("model ", model->ref().ToString(),
+                                         " has no tokenizer; it is taken to have that of ",
+                                         donor.ref().ToString()));
+        own = of_donor;
+      }
+      tokenizers_.push_back(*std::move(own));
+    }
+    return absl::OkStatus();
+  }
+
+  // Gives a token that the output does not have the next id.
+  void Append(AddedToken token) {
+    vocabulary_[token.content] = next_;
+    result_.edit_.added[next_++] = std::move(token);
+  }
+
+  // The definition of an added token, of the first model that has one; `first` is asked before.
+  const AddedToken* Definition(const std::string& token, int first) const {
+    const auto find = [&](const Tokenizer& tokenizer) -> const AddedToken* {
+      const auto id = tokenizer.vocabulary.find(token);
+      if (id == tokenizer.vocabulary.end()) return nullptr;
+      const auto added = tokenizer.added.find(id->second);
+      return added == tokenizer.added.end() ? nullptr : &added->second;
+    };
+    if (first >= 0) {
+      if (const AddedToken* added = find(tokenizers_[first])) return added;
+    }
+    for (const Tokenizer& tokenizer : tokenizers_) {
+      if (const AddedToken* added = find(tokenizer)) return added;
+    }
+    return nullptr;
+  }
+
+  // Tokens of the other models in the order of models and ids.
+  void Unite() {
+    std::set<std::string> conflicting;
+    for (const Tokenizer& tokenizer : tokenizers_) {
+      std::map<int64_t, std::string> by_id;
+      for (const auto& [token, id] : tokenizer.vocabulary) by_id[id] = token;
+      for (const auto& [id, token] : by_id) {
+        const auto own = tokenizer.added.find(id);
+        const AddedToken* definition = own == tokenizer.added.end() ? nullptr : &own->second;
+        const auto known = vocabulary_.find(token);
+        if (known == vocabulary_.end()) {
+          // An added token somewhere is one here.
+          const AddedToken* any = definition != nullptr ? definition : Definition(token, -1);
+          Append(any != nullptr ? *any : AddedToken{.content = token});
+        } else if (definition != nullptr) {
+          const AddedToken* first = FindAdded(known->second);
+          if (first == nullptr) {
+            result_.edit_.added[known->second] = *definition;
+          } else if (!(*first == *definition)) {
+            conflicting.insert(token);
+          }
+        }
+      }
+    }
+    if (!conflicting.empty()) {
+      warnings_.push_back(
+          absl::StrCat("models define added tokens differently (the first definition is taken): ",
+                       Shown({conflicting.begin(), conflicting.end()})));
     }
   }
-  if (const auto empty = std::count(held.begin(), held.end(), false); empty > 0) {
-    warnings.push_back(absl::StrCat(empty, " of ", alignment.rows_,
-                                    " rows of the vocabulary belong to no model's token and "
-                                    "become zeros"));
+
+  const AddedToken* FindAdded(int64_t id) const {
+    for (const auto* tokens : {&result_.edit_.listed, &result_.edit_.added}) {
+      const auto it = tokens->find(id);
+      if (it != tokens->end()) return &it->second;
+    }
+    return nullptr;
   }
-  return alignment;
+
+  absl::Status AddRecipeToken(const RecipeToken& token) {
+    if (vocabulary_.contains(token.token)) return absl::OkStatus();
+    int model = -1;
+    if (token.rows == RecipeToken::Rows::kModel) {
+      ASSIGN_OR_RETURN(model, Index(*token.model));
+    }
+    const AddedToken* definition = Definition(token.token, model);
+    Append(definition != nullptr ? *definition : AddedToken{.content = token.token});
+    return absl::OkStatus();
+  }
+
+  // Loaders count ids of added tokens on from the number of tokens.
+  absl::Status CheckGaps(const Checkpoint& source) {
+    TokenizerEdit& edit = result_.edit_;
+    const bool longer = !edit.added.empty() && edit.added.rbegin()->first >=
+                                                   static_cast<int64_t>(source_.vocabulary.size());
+    if (!longer) return absl::OkStatus();
+    if (next_ != static_cast<int64_t>(vocabulary_.size())) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "model ", source.ref().ToString(), ": its tokenizer has ", source_.vocabulary.size(),
+          " tokens with gaps between their ids; tokens "
+          "cannot be added to it"));
+    }
+    // Those that files only imply would come after the new ones.
+    for (const auto& [id, token] : source_.implied) edit.added.try_emplace(id, token);
+    return absl::OkStatus();
+  }
+
+  void SetRows() {
+    const int64_t multiple = recipe_.pad_to_multiple_of;
+    result_.rows_ = (next_ + multiple - 1) / multiple * multiple;
+    result_.tokens_.resize(next_);
+    result_.is_token_.assign(next_, false);
+    for (const auto& [token, id] : vocabulary_) {
+      result_.tokens_[id] = token;
+      result_.is_token_[id] = true;
+    }
+    for (const Tokenizer& tokenizer : tokenizers_) {
+      std::vector<int64_t>& rows = result_.own_.emplace_back(next_, -1);
+      for (const auto& [token, id] : vocabulary_) {
+        const auto own = tokenizer.vocabulary.find(token);
+        if (own != tokenizer.vocabulary.end()) rows[id] = own->second;
+      }
+    }
+  }
+
+  absl::StatusOr<int> Index(const ModelRef& ref) const {
+    const std::string name = ref.ToString();
+    const auto it = std::find(result_.models_.begin(), result_.models_.end(), name);
+    if (it == result_.models_.end()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(ref.at.ToString(), ": model ", name,
+                       " is not one of the models that are merged, so it has no row to give"));
+    }
+    return static_cast<int>(it - result_.models_.begin());
+  }
+
+  absl::Status AddRule(const RecipeToken& token) {
+    if (token.rows == RecipeToken::Rows::kUsual) return absl::OkStatus();
+    Rule rule{.token = token.token, .force = token.force, .at = token.at};
+    if (token.rows != RecipeToken::Rows::kZero) {
+      ASSIGN_OR_RETURN(rule.model, Index(*token.model));
+      const std::string& wanted =
+          token.rows == RecipeToken::Rows::kModel ? token.token : token.other;
+      const Vocabulary& vocabulary = tokenizers_[rule.model].vocabulary;
+      if (token.other_id) {
+        rule.row = *token.other_id;
+      } else if (const auto id = vocabulary.find(wanted); id != vocabulary.end()) {
+        rule.row = id->second;
+      } else {
+        return absl::InvalidArgumentError(absl::StrCat(token.model->at.ToString(), ": model ",
+                                                       token.model->ToString(), " has no token ",
+                                                       Printable(wanted)));
+      }
+    }
+    result_.rules_.insert_or_assign(vocabulary_.at(token.token), std::move(rule));
+    return absl::OkStatus();
+  }
+
+  const RecipeTokenizer& recipe_;
+  absl::Span<const std::shared_ptr<const Checkpoint>> models_;
+  std::vector<std::string>& warnings_;
+  Tokenizer source_;
+  std::vector<Tokenizer> tokenizers_;  // of models_
+  Vocabulary vocabulary_;              // of the output
+  int64_t next_ = 0;                   // id of the next new token
+  TokenAlignment result_;
+};
+
+absl::StatusOr<TokenAlignment> TokenAlignment::Make(
+    const RecipeTokenizer& recipe, absl::Span<const std::shared_ptr<const Checkpoint>> models,
+    int base, const Checkpoint& source, const Checkpoint& donor,
+    std::vector<std::string>& warnings) {
+  return Builder(recipe, models, base, warnings).Make(source, donor);
 }
 
 absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment::Align(
-    absl::Span<const int> models,
-    absl::Span<const std::shared_ptr<const TensorSource>> sources) const {
+    absl::Span<const int> models, absl::Span<const std::shared_ptr<const TensorSource>> sources,
+    std::vector<std::string>& warnings) const {
   const int count = static_cast<int>(sources.size());
   const auto row_extents = [](const TensorSource& source) {
     return source.shape().rank() == 0 ? absl::Span<const int64_t>()
@@ -312,50 +452,106 @@ absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment:
     const int64_t own = own_[models[source]][row];
     return own < sources[source]->shape()[0] ? own : -1;
   };
+  const int64_t tokens = static_cast<int64_t>(is_token_.size());
+
+  // What a row is for a model that has none of its own, or is not to take it.
+  RowTable shared;
+  shared.rows.resize(tokens);
+  std::vector<std::string> zeros;
+  absl::flat_hash_map<int64_t, bool> forced;
+  for (int64_t row = 0; row < tokens; ++row) {
+    RowOrigin& origin = shared.rows[row];
+    if (!is_token_[row]) {
+      origin.source = RowOrigin::kPadding;
+      continue;
+    }
+    std::vector<RowOrigin> having;
+    bool base_has = false;
+    for (int source = 0; source < count; ++source) {
+      const int64_t own = row_of(source, row);
+      if (own < 0) continue;
+      const RowOrigin here{.source = source, .row = static_cast<int32_t>(own)};
+      if (models[source] == base_) {
+        base_has = true;
+        origin = here;
+      }
+      having.push_back(here);
+    }
+    const auto rule = rules_.find(row);
+    const bool force = rule != rules_.end() && rule->second.force;
+    if (force) forced[row] = true;
+    if (static_cast<int>(having.size()) == count && !force) continue;  // nobody takes it
+    if (rule != rules_.end()) {
+      ASSIGN_OR_RETURN(const int64_t given, RuleRow(rule->second, models, sources));
+      origin = {};
+      if (given >= 0) {
+        const auto at = std::find(models.begin(), models.end(), rule->second.model);
+        origin = {.source = static_cast<int32_t>(at - models.begin()),
+                  .row = static_cast<int32_t>(given)};
+      }
+    } else if (having.empty()) {
+      zeros.push_back(tokens_[row]);
+    } else if (having.size() == 1) {
+      origin = having[0];
+    } else if (!base_has) {
+      origin = {.source = RowOrigin::kMean, .row = static_cast<int32_t>(shared.means.size())};
+      shared.means.push_back(std::move(having));
+    }
+  }
+  if (!zeros.empty()) {
+    warnings.push_back(
+        absl::StrCat(zeros.size(), zeros.size() == 1 ? " token is" : " tokens are",
+                     " in no model that has the tensor, so their rows are zeros: ", Shown(zeros)));
+  }
 
   std::vector<std::shared_ptr<const TensorSource>> views;
   for (int self = 0; self < count; ++self) {
-    RowTable table;
-    table.rows.resize(rows_);
-    bool unchanged = sources[self]->shape()[0] == rows_;
-    for (int64_t row = 0; row < rows_; ++row) {
-      RowOrigin& origin = table.rows[row];
-      if (const int64_t own = row_of(self, row); own >= 0) {
-        origin = {.source = self, .row = static_cast<int32_t>(own)};
-        unchanged = unchanged && own == row;
-        continue;
+    RowTable table = shared;
+    bool unchanged = sources[self]->shape()[0] == rows_ && tokens == rows_;
+    for (int64_t row = 0; row < tokens; ++row) {
+      const int64_t own = row_of(self, row);
+      if (own >= 0 && !forced.contains(row)) {
+        table.rows[row] = {.source = self, .row = static_cast<int32_t>(own)};
       }
-      unchanged = false;
-      std::vector<RowOrigin> others;
-      for (int other = 0; other < count; ++other) {
-        const int64_t own = row_of(other, row);
-        if (own < 0) continue;
-        others.push_back({.source = other, .row = static_cast<int32_t>(own)});
-        if (models[other] == base_) {
-          others = {others.back()};
-          break;
-        }
-      }
-      if (others.size() == 1) {
-        origin = others[0];
-      } else if (!others.empty()) {
-        origin = {.source = RowOrigin::kMean, .row = static_cast<int32_t>(table.means.size())};
-        table.means.push_back(std::move(others));
-      }
+      unchanged = unchanged && table.rows[row].source == self && table.rows[row].row == row;
     }
     if (unchanged) {
       views.push_back(sources[self]);
       continue;
     }
-    std::vector<int64_t> extents(sources[self]->shape().extents().begin(),
-                                 sources[self]->shape().extents().end());
-    extents[0] = rows_;
-    ASSIGN_OR_RETURN(const Shape shape, Shape::Make(extents));
+    ASSIGN_OR_RETURN(const Shape shape, WithRows(sources[self]->shape(), rows_));
     views.push_back(std::make_shared<AlignedSource>(
         self, std::vector<std::shared_ptr<const TensorSource>>(sources.begin(), sources.end()),
         std::move(table), shape));
   }
   return views;
+}
+
+// The row of the source's tensor that a rule gives, -1 for zeros.
+absl::StatusOr<int64_t> TokenAlignment::RuleRow(
+    const Rule& rule, absl::Span<const int> models,
+    absl::Span<const std::shared_ptr<const TensorSource>> sources) const {
+  if (rule.model < 0) return -1;
+  const auto at = std::find(models.begin(), models.end(), rule.model);
+  if (at == models.end()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        rule.at.ToString(), ": token ", Printable(rule.token), " takes its row from model ",
+        models_[rule.model], ", which this tensor is not merged from"));
+  }
+  const TensorSource& source = *sources[at - models.begin()];
+  if (rule.row >= source.shape()[0]) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(rule.at.ToString(), ": token ", Printable(rule.token), " takes row ", rule.row,
+                     " of ", source.name(), ", which has ", source.shape()[0], " rows"));
+  }
+  return rule.row;
+}
+
+absl::StatusOr<std::shared_ptr<const TensorSource>> FirstRows(
+    std::shared_ptr<const TensorSource> source, int64_t rows) {
+  if (source->shape()[0] == rows) return source;
+  ASSIGN_OR_RETURN(const Shape shape, WithRows(source->shape(), rows));
+  return std::make_shared<FirstRowsSource>(std::move(source), shape);
 }
 
 }  // namespace pewter

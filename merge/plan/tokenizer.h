@@ -1,13 +1,16 @@
 // The tokenizer stage: models whose tokens have different ids are merged token by token.
 //
-// The output takes one model's tokenizer. Each model's vocabulary tensors become views whose row i
-// is the row of the output's token i: the model's own where it has the token; else the only other
-// model's that has it; else the base's; else the mean over the models that have it; zeros when none
-// does. Rows beyond the output's vocabulary are dropped. Everything here is immutable after
-// construction and may be used from any thread.
+// The output takes one model's tokenizer, or the base's with the tokens that only other models
+// have. Each model's vocabulary tensors become views whose row i is the row of the output's token
+// i: the model's own where it has the token (and the recipe does not force another); else the one
+// that the recipe names; else the only other model's that has it; else the base's; else the mean
+// over the models that have it; zeros when none does. Rows that belong to no token (padding to a
+// multiple, gaps between ids) are the mean of the view's other rows. Everything here is immutable
+// after construction and may be used from any thread.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,41 +21,70 @@
 #include "absl/types/span.h"
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/checkpoint/tensor_source.h"
+#include "merge/plan/tokenizer_files.h"
+#include "merge/recipe/recipe.h"
 
 namespace pewter {
 
-// Token to id.
-using Vocabulary = absl::flat_hash_map<std::string, int64_t>;
-
-// From tokenizer.json, or vocab.json / vocab.txt with added_tokens.json. Nullopt when the model has
-// none of them; DataLoss when they are malformed.
-absl::StatusOr<std::optional<Vocabulary>> ReadVocabulary(const Checkpoint& model);
-
-// True when two models' token files give different ids to some token. False when one has none.
-absl::StatusOr<bool> VocabulariesDiffer(const Checkpoint& a, const Checkpoint& b);
+// What one model's token ids become.
+struct TokenIds {
+  absl::flat_hash_map<int64_t, std::string> tokens;  // of the model, by id
+  Vocabulary output;
+  std::map<std::string, std::string> roles;  // of the output: "eos_token" -> "</s>"
+};
 
 // Rows of the output's vocabulary tensors, for every model.
 class TokenAlignment {
  public:
-  // `tokenizer` is the model whose vocabulary the output has; `base` an index into `models`, or -1.
-  // A model without token files is taken to have those of `fallback`. FailedPrecondition when
-  // `tokenizer` has no readable vocabulary or one that exceeds its vocab_size.
+  // `models` are the merge's inputs, `base` an index into them, or -1. `source` is the model whose
+  // tokenizer the output has or extends. A model without token files is taken to have those of
+  // `donor`, which is the base or the first. Errors begin with the place in the recipe.
   static absl::StatusOr<TokenAlignment> Make(
-      absl::Span<const std::shared_ptr<const Checkpoint>> models, int base,
-      const Checkpoint& tokenizer, const Checkpoint& fallback, std::vector<std::string>& warnings);
+      const RecipeTokenizer& recipe, absl::Span<const std::shared_ptr<const Checkpoint>> models,
+      int base, const Checkpoint& source, const Checkpoint& donor,
+      std::vector<std::string>& warnings);
 
   int64_t rows() const { return rows_; }
+  // How the output's tokenizer files differ from those of `source`.
+  const TokenizerEdit& edit() const { return edit_; }
+  // For the ids in `donor`'s configuration.
+  const TokenIds& ids() const { return ids_; }
 
   // One view for each of `sources`, the same vocabulary tensor (rows along axis 0) of the models
-  // with indices `models`; all have one dtype. FailedPrecondition when rows differ in size.
+  // with indices `models`; all have one dtype. FailedPrecondition when rows differ in size or a row
+  // that the recipe names is not there.
   absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> Align(
-      absl::Span<const int> models,
-      absl::Span<const std::shared_ptr<const TensorSource>> sources) const;
+      absl::Span<const int> models, absl::Span<const std::shared_ptr<const TensorSource>> sources,
+      std::vector<std::string>& warnings) const;
 
  private:
+  // What the recipe says about a row.
+  struct Rule {
+    std::string token;
+    int model = -1;  // -1: zeros
+    int64_t row = 0;
+    bool force = false;
+    TextPosition at;
+  };
+  class Builder;
+
+  absl::StatusOr<int64_t> RuleRow(
+      const Rule& rule, absl::Span<const int> models,
+      absl::Span<const std::shared_ptr<const TensorSource>> sources) const;
+
   int64_t rows_ = 0;
   int base_ = -1;
-  std::vector<std::vector<int64_t>> own_;  // [model][output row]: the model's row, -1 for none
+  TokenizerEdit edit_;
+  TokenIds ids_;
+  std::vector<std::string> models_;           // names
+  std::vector<std::string> tokens_;           // by output row
+  std::vector<bool> is_token_;                // by output row; shorter than rows_ with padding
+  std::vector<std::vector<int64_t>> own_;     // [model][output row]: the model's row, -1 for none
+  absl::flat_hash_map<int64_t, Rule> rules_;  // by output row
 };
+
+// A view of the first `rows` rows of `source`, which has as many or more.
+absl::StatusOr<std::shared_ptr<const TensorSource>> FirstRows(
+    std::shared_ptr<const TensorSource> source, int64_t rows);
 
 }  // namespace pewter

@@ -33,6 +33,9 @@ struct Key {
   const char* refused = nullptr;
 };
 
+// Larger than any alignment that hardware asks for.
+constexpr int64_t kMaxPadding = int64_t{1} << 20;
+
 class RecipeReader {
  public:
   explicit RecipeReader(Recipe& recipe) : recipe_(recipe) {}
@@ -51,7 +54,7 @@ class RecipeReader {
         {"parameters"},
         {"tokenizer_source"},
         {"tokenizer"},
-        {"chat_template", kLater},
+        {"chat_template"},
         {"align", kLater},
         {"calibration", kLater},
         {"statistics", kLater},
@@ -82,6 +85,10 @@ class RecipeReader {
     RETURN_IF_ERROR(ReadDType(root, "out_dtype", recipe_.out_dtype));
     RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
     RETURN_IF_ERROR(ReadTokenizer(root));
+    if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
+      ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
+      recipe_.chat_template_at = chat->at;
+    }
     return ReadInputs(root);
   }
 
@@ -278,30 +285,108 @@ class RecipeReader {
       return RecipeError(tokenizer->at, absl::StrCat("both `tokenizer` and `tokenizer_source` (",
                                                      legacy->at.ToString(), "); give one of them"));
     }
+    RecipeTokenizer& result = recipe_.tokenizer.emplace();
     const YamlNode* source = legacy;
     if (IsNull(legacy)) {
-      static constexpr Key kKeys[] = {
-          {"source"},
-          {"tokens", "is not supported by this version of Pewter"},
-          {"pad_to_multiple_of", "is not supported by this version of Pewter"}};
+      static constexpr Key kKeys[] = {{"source"}, {"tokens"}, {"pad_to_multiple_of"}};
       if (tokenizer->kind != Kind::kMapping) {
-        return Expected(*tokenizer, "`tokenizer`", "a mapping with `source`");
+        return Expected(*tokenizer, "`tokenizer`",
+                        "a mapping with `source`, `tokens` or `pad_to_multiple_of`");
       }
       RETURN_IF_ERROR(CheckKeys(*tokenizer, "`tokenizer`", kKeys));
+      RETURN_IF_ERROR(ReadTokens(tokenizer->Find("tokens"), result.tokens));
+      if (const YamlNode* multiple = tokenizer->Find("pad_to_multiple_of"); !IsNull(multiple)) {
+        const auto number = YamlInt(*multiple);
+        if (!number || *number < 1 || *number > kMaxPadding) {
+          return Expected(*multiple, "`pad_to_multiple_of`",
+                          absl::StrCat("a whole number from 1 to ", kMaxPadding));
+        }
+        result.pad_to_multiple_of = *number;
+      }
       source = tokenizer->Find("source");
     }
-    const TextPosition at = source == nullptr ? tokenizer->at : source->at;
+    result.at = IsNull(source) ? tokenizer->at : source->at;
     if (IsNull(source) || (source->kind == Kind::kScalar && source->text == "union")) {
-      return RecipeError(at,
-                         "a tokenizer source of \"union\" (the default of `tokenizer`) is not "
-                         "supported by this version of Pewter; name \"base\" or one of the models");
-    }
-    recipe_.tokenizer_at = at;
-    if (source->kind == Kind::kScalar && source->text == "base") {
-      recipe_.tokenizer_from_base = true;
       return absl::OkStatus();
     }
-    ASSIGN_OR_RETURN(recipe_.tokenizer_model, ReadModel(*source, "the tokenizer's source"));
+    if (source->kind == Kind::kScalar && source->text == "base") {
+      result.source = RecipeTokenizer::Source::kBase;
+      return absl::OkStatus();
+    }
+    result.source = RecipeTokenizer::Source::kModel;
+    ASSIGN_OR_RETURN(result.model, ReadModel(*source, "the tokenizer's source"));
+    return absl::OkStatus();
+  }
+
+  // {TOKEN: {source: MODEL | {kind: zero} | {kind: model_token, ...}, force: BOOL}}
+  absl::Status ReadTokens(const YamlNode* tokens, std::vector<RecipeToken>& result) {
+    if (IsNull(tokens)) return absl::OkStatus();
+    if (tokens->kind != Kind::kMapping) {
+      return Expected(*tokens, "`tokens`", "a mapping of tokens to {source, force}");
+    }
+    for (const YamlNode::Entry& entry : tokens->entries) {
+      static constexpr Key kKeys[] = {{"source"}, {"force"}};
+      RecipeToken& token = result.emplace_back();
+      token.token = entry.key->text;
+      token.at = entry.key->at;
+      if (token.token.empty()) return RecipeError(token.at, "a token of `tokens` is empty");
+      const std::string where = absl::StrCat("token ", entry.key->Describe());
+      if (IsNull(entry.value)) continue;
+      if (entry.value->kind != Kind::kMapping) {
+        return Expected(*entry.value, where, "a mapping with `source` and `force`");
+      }
+      RETURN_IF_ERROR(CheckKeys(*entry.value, where, kKeys));
+      if (const YamlNode* force = entry.value->Find("force"); !IsNull(force)) {
+        const auto flag = YamlBool(*force);
+        if (!flag) return Expected(*force, "`force`", "true or false");
+        token.force = *flag;
+      }
+      if (const YamlNode* source = entry.value->Find("source"); !IsNull(source)) {
+        RETURN_IF_ERROR(ReadTokenSource(*source, token));
+      } else if (token.force) {
+        return RecipeError(entry.value->at,
+                           absl::StrCat(where, " has `force` and no `source` to take"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadTokenSource(const YamlNode& source, RecipeToken& token) {
+    constexpr absl::string_view kWhat = "the token's `source`";
+    const YamlNode* kind = source.kind == Kind::kMapping ? source.Find("kind") : nullptr;
+    if (kind == nullptr) {
+      token.rows = RecipeToken::Rows::kModel;
+      ASSIGN_OR_RETURN(token.model, ReadModel(source, kWhat));
+      return absl::OkStatus();
+    }
+    if (kind->kind == Kind::kScalar && kind->text == "zero") {
+      static constexpr Key kKeys[] = {{"kind"}};
+      token.rows = RecipeToken::Rows::kZero;
+      return CheckKeys(source, kWhat, kKeys);
+    }
+    if (kind->kind != Kind::kScalar || kind->text != "model_token") {
+      return Expected(*kind, "`kind`", "zero or model_token");
+    }
+    static constexpr Key kKeys[] = {{"kind"}, {"model"}, {"token"}, {"token_id"}};
+    RETURN_IF_ERROR(CheckKeys(source, kWhat, kKeys));
+    token.rows = RecipeToken::Rows::kModelToken;
+    const YamlNode* model = source.Find("model");
+    if (IsNull(model)) return RecipeError(source.at, absl::StrCat(kWhat, " has no `model`"));
+    ASSIGN_OR_RETURN(token.model, ReadModel(*model, "`model`"));
+    const YamlNode* other = source.Find("token");
+    const YamlNode* id = source.Find("token_id");
+    if (IsNull(other) == IsNull(id)) {
+      return RecipeError(source.at,
+                         absl::StrCat(kWhat, " needs exactly one of `token` and `token_id`"));
+    }
+    if (!IsNull(other)) {
+      ASSIGN_OR_RETURN(token.other, Text(*other, "token"));
+      return absl::OkStatus();
+    }
+    token.other_id = YamlInt(*id);
+    if (!token.other_id || *token.other_id < 0) {
+      return Expected(*id, "`token_id`", "a whole number that is not negative");
+    }
     return absl::OkStatus();
   }
 

@@ -89,6 +89,33 @@ struct RecipeModule {
   ParamScope parameters;
 };
 
+// A token of the output that the recipe says something about.
+struct RecipeToken {
+  enum class Rows {
+    kUsual,       // as for every other token
+    kModel,       // the row that `model` has for it
+    kZero,        // zeros
+    kModelToken,  // the row that `model` has for another token, `other` or `other_id`
+  };
+  std::string token;
+  Rows rows = Rows::kUsual;
+  std::optional<ModelRef> model;
+  std::string other;
+  std::optional<int64_t> other_id;
+  bool force = false;  // for models that have the token, too
+  TextPosition at;
+};
+
+// The tokenizer that the output takes.
+struct RecipeTokenizer {
+  enum class Source { kUnion, kBase, kModel };
+  Source source = Source::kUnion;
+  std::optional<ModelRef> model;  // of kModel
+  std::vector<RecipeToken> tokens;
+  int64_t pad_to_multiple_of = 1;  // of the rows of vocabulary tensors
+  TextPosition at;
+};
+
 struct Recipe {
   std::string text;                                            // verbatim; a stage's own document
   std::vector<std::pair<std::string, std::string>> overrides;  // applied to it
@@ -106,10 +133,9 @@ struct Recipe {
   std::optional<DType> dtype;
   std::optional<DType> out_dtype;
   ParamScope parameters;
-  // Whose tokenizer the output takes: base_model's, or that of `tokenizer_model`.
-  bool tokenizer_from_base = false;
-  std::optional<ModelRef> tokenizer_model;
-  TextPosition tokenizer_at;
+  std::optional<RecipeTokenizer> tokenizer;
+  std::optional<std::string> chat_template;  // "auto", a known name, or Jinja
+  TextPosition chat_template_at;
   std::vector<std::string> warnings;  // of the stages too
 };
 

@@ -17,7 +17,10 @@ std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
     }
   }
   add(recipe.base_model);
-  add(recipe.tokenizer_model);
+  if (recipe.tokenizer.has_value()) {
+    add(recipe.tokenizer->model);
+    for (const RecipeToken& token : recipe.tokenizer->tokens) add(token.model);
+  }
   return refs;
 }
 

@@ -99,12 +99,14 @@ TEST(PlanArgumentsTest, ToOptions) {
   arguments.memory = "2GiB";
   arguments.shard_size = "5GB";
   arguments.allow_crimes = true;
+  arguments.truncate_embeddings = true;
   arguments.copy_tokenizer = false;
   const auto options = arguments.ToOptions();
   ASSERT_TRUE(options.ok());
   EXPECT_EQ(options->memory_bytes, int64_t{2} << 30);
   EXPECT_EQ(options->shard_bytes, 5'000'000'000);
   EXPECT_TRUE(options->allow_mixed);
+  EXPECT_TRUE(options->truncate_vocabularies);
   EXPECT_FALSE(options->copy_tokenizer);
   EXPECT_TRUE(options->write_model_card);
 }

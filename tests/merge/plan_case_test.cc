@@ -122,6 +122,7 @@ TEST_P(PlanCaseTest, IsAsStated) {
     for (const YamlNode::Entry& entry : given->entries) {
       if (entry.key->text == "strict") options.strict = *YamlBool(*entry.value);
       if (entry.key->text == "allow_mixed") options.allow_mixed = *YamlBool(*entry.value);
+      if (entry.key->text == "truncate") options.truncate_vocabularies = *YamlBool(*entry.value);
       if (entry.key->text == "shard_bytes") options.shard_bytes = *YamlInt(*entry.value);
       if (entry.key->text == "memory") options.memory_bytes = *YamlInt(*entry.value);
       if (entry.key->text == "model_card") options.write_model_card = *YamlBool(*entry.value);

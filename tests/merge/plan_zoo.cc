@@ -115,7 +115,15 @@ PlanZoo::PlanZoo() : old_path_(fs::current_path()) {
     folder_.Write(absl::StrCat(name, "/tokenizer.json"), Tokenizer({"a", "b", "c", "d", "e", "f"}));
     folder_.Write(absl::StrCat(name, "/tokenizer_config.json"), "{}");
   }
-  folder_.Write("llama_base/generation_config.json", "{}");
+  Model("llama_base",
+        DecoderConfig("LlamaForCausalLM", "llama", 2, 6, "float32",
+                      ",\n  \"bos_token_id\": 1,\n  \"eos_token_id\": [2, 5],\n"
+                      "  \"pad_token_id\": 3"),
+        plain.list());
+  folder_.Write("llama_base/generation_config.json", "{\"bos_token_id\": 1}");
+  Model("llama_few", llama(2, 2, "float32"), Decoder(2, 2, 4, DType::kF32).list());
+  folder_.Write("llama_few/tokenizer.json", Tokenizer({"b", "<pad>"}));
+  folder_.Write("llama_few/tokenizer_config.json", "{\"pad_token\": \"<pad>\"}");
   Model("llama_3", llama(3, 6, "float32"), Decoder(3, 6, 4, DType::kF32).list());
   Model("llama_bf16", llama(2, 6, "bfloat16"), Decoder(2, 6, 4, DType::kBF16).list());
   Model("llama_tied", llama(2, 6, "float32"), plain.Without("lm_head").list());

@@ -216,13 +216,50 @@ TEST(RecipeTest, LastOfEqualKeysCounts) {
 }
 
 TEST(RecipeTest, Tokenizer) {
-  const auto base = Parse(With("tokenizer_source: base\n"));
-  ASSERT_THAT(base, IsOk());
-  EXPECT_TRUE(base->tokenizer_from_base);
+  using Source = RecipeTokenizer::Source;
+  const auto source = [](const std::string& line) {
+    const auto recipe = Parse(With(line + "\n"));
+    EXPECT_THAT(recipe, IsOk());
+    return recipe->tokenizer->source;
+  };
+  EXPECT_EQ(source("tokenizer_source: base"), Source::kBase);
+  EXPECT_EQ(source("tokenizer_source: union"), Source::kUnion);
+  EXPECT_EQ(source("tokenizer: {}"), Source::kUnion);
+  EXPECT_EQ(source("tokenizer: {pad_to_multiple_of: 64}"), Source::kUnion);
   const auto model = Parse(With("tokenizer: {source: ./b}\n"));
   ASSERT_THAT(model, IsOk());
-  EXPECT_FALSE(model->tokenizer_from_base);
-  EXPECT_EQ(model->tokenizer_model->path, "./b");
+  EXPECT_EQ(model->tokenizer->source, Source::kModel);
+  EXPECT_EQ(model->tokenizer->model->path, "./b");
+  EXPECT_EQ(Parse(With(""))->tokenizer, std::nullopt);
+}
+
+TEST(RecipeTest, TokensOfTheTokenizer) {
+  const auto recipe = Parse(
+      With("tokenizer:\n"
+           "  pad_to_multiple_of: 64\n"
+           "  tokens:\n"
+           "    <a>: {source: ./b, force: true}\n"
+           "    <b>: {source: {kind: zero}}\n"
+           "    <c>: {source: {kind: model_token, model: ./b+./lora, token: 'x: y'}}\n"
+           "    <d>: {source: {kind: model_token, model: {model: {path: ./a@b}}, token_id: 7}}\n"
+           "    <e>:\n"));
+  ASSERT_THAT(recipe, IsOk());
+  using Rows = RecipeToken::Rows;
+  EXPECT_EQ(recipe->tokenizer->pad_to_multiple_of, 64);
+  const std::vector<RecipeToken>& tokens = recipe->tokenizer->tokens;
+  ASSERT_EQ(tokens.size(), 5u);
+  EXPECT_EQ(tokens[0].token, "<a>");
+  EXPECT_EQ(tokens[0].rows, Rows::kModel);
+  EXPECT_EQ(tokens[0].model->path, "./b");
+  EXPECT_TRUE(tokens[0].force);
+  EXPECT_EQ(tokens[1].rows, Rows::kZero);
+  EXPECT_FALSE(tokens[1].force);
+  EXPECT_EQ(tokens[2].rows, Rows::kModelToken);
+  EXPECT_EQ(tokens[2].model->adapter, "./lora");
+  EXPECT_EQ(tokens[2].other, "x: y");
+  EXPECT_EQ(tokens[3].model->path, "./a@b");
+  EXPECT_EQ(tokens[3].other_id, 7);
+  EXPECT_EQ(tokens[4].rows, Rows::kUsual);
 }
 
 struct Refused {
@@ -284,18 +321,56 @@ INSTANTIATE_TEST_SUITE_P(
         Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: base\n"
                 "tokenizer: {source: base}\n",
                 "recipe:4:12", "both"},
-        Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: union\n",
-                "recipe:3:19", "union"},
-        Refused{"merge_method: linear\nmodels: [{model: a}]\ntokenizer: {}\n", "recipe:3:12",
-                "union"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\n"
-                "tokenizer: {source: base, tokens: {x: {source: a}}}\n",
-                "recipe:3:27", "`tokens` is not supported"},
+                "tokenizer: base\n",
+                "recipe:3:12", "must be a mapping"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\n"
-                "tokenizer: {source: base, pad_to_multiple_of: 64}\n",
-                "recipe:3:27", "`pad_to_multiple_of` is not supported"},
-        Refused{"merge_method: linear\nmodels: [{model: a}]\nchat_template: auto\n", "recipe:3:1",
-                "`chat_template` is not supported"},
+                "tokenizer: {pad_to_multiple_of: 0}\n",
+                "recipe:3:33", "from 1 to"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {pad_to_multiple_of: 4000000000}\n",
+                "recipe:3:33", "from 1 to"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {pad_to_multiple_of: 1.5}\n",
+                "recipe:3:33", "whole number"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: [a]}\n",
+                "recipe:3:21", "mapping of tokens"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: ./b}}\n",
+                "recipe:3:25", "`source` and `force`"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {'': {source: ./b}}}\n",
+                "recipe:3:22", "empty"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: ./b, force: 2}}}\n",
+                "recipe:3:46", "true or false"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {force: true}}}\n",
+                "recipe:3:25", "no `source`"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: mean}}}}\n",
+                "recipe:3:41", "zero or model_token"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: model_token, token: a}}}}\n",
+                "recipe:3:34", "no `model`"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: model_token, model: b}}}}\n",
+                "recipe:3:34", "exactly one of"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token: a, "
+                "token_id: 1}}}}\n",
+                "recipe:3:34", "exactly one of"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token_id: -1}}}}\n",
+                "recipe:3:74", "not negative"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token_id: "
+                "99999999999999999999}}}}\n",
+                "recipe:3:74", "whole number"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "chat_template: [auto]\n",
+                "recipe:3:16", "text"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\nalign: {method: cca}\n", "recipe:3:1",
                 "`align` is not supported"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\narithmetic: dtype\n", "recipe:3:1",
