@@ -27,14 +27,28 @@ METHODS = {
     "task_arithmetic": (["base", "ft1", "ft2", "ft3"], {"weight": 0.4}),
     "ties": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0, "density": 0.5}),
     "dare_ties": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0, "density": 0.5}),
+    "dare_linear": (["base", "ft1", "ft2", "ft3"], {"weight": 0.4, "density": 0.5}),
+    "della": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0, "density": 0.5, "epsilon": 0.1}),
+    "della_linear": (["base", "ft1", "ft2", "ft3"], {"weight": 0.4, "density": 0.5, "epsilon": 0.1}),
+    "breadcrumbs": (["base", "ft1", "ft2", "ft3"], {"weight": 0.4, "density": 0.5, "gamma": 0.01}),
+    "breadcrumbs_ties": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0, "density": 0.5, "gamma": 0.01}),
+    "sce": (["base", "ft1", "ft2", "ft3"], {"select_topk": 0.5}),
+    "karcher": (["ft1", "ft2", "ft3"], {}),
+    "model_stock": (["base", "ft1", "ft2", "ft3"], {}),
+    "multislerp": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0}),
+    "nuslerp": (["ft1", "ft2"], {"weight": 1.0}),
+    "nearswap": (["base", "ft1"], {"t": 1e-3}),
+    "ram": (["base", "ft1", "ft2", "ft3"], {}),
 }
+# Those in which base_model would be an input more, or none.
+WITHOUT_BASE = ("linear", "karcher", "nuslerp")
 MIB = 1 << 20
 
 
 def recipe_text(method, models):
     names, parameters = METHODS[method]
     recipe = {"merge_method": method, "models": [{"model": str(models / name)} for name in names], "parameters": parameters, "dtype": "bfloat16"}
-    if method != "linear":
+    if method not in WITHOUT_BASE:
         recipe["base_model"] = str(models / "base")
     return json.dumps(recipe, indent=1) + "\n"  # JSON is YAML
 
