@@ -10,6 +10,8 @@ namespace {
 constexpr Command kCommands[] = {
     {"merge", "Merge models into a new one, on this machine", &DeclareMerge},
     {"plan", "Check a recipe and show what merging it would read, compute and write", &DeclarePlan},
+    {"extract-lora", "Write what a fine-tune changed in its base as a LoRA adapter",
+     &DeclareExtractLora},
     {"methods", "List merge methods, or explain one", &DeclareMethods},
     {"inspect", "Show what a model, an adapter or a merge result holds", &DeclareInspect},
     {"diff", "Compare the weights of two models", &DeclareDiff},

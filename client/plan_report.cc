@@ -41,6 +41,7 @@ Json ToJson(const PlanInput& input, const Plan& plan) {
 }
 
 std::string MethodName(const PlanTensor& tensor) {
+  if (tensor.task != nullptr) return tensor.task->name();
   return tensor.method == nullptr ? "copy" : tensor.method->name;
 }
 
@@ -159,7 +160,12 @@ Json PlanToJson(const Plan& plan) {
   for (const PlanTensor& tensor : plan.tensors) {
     Json inputs = Json::array();
     for (const PlanInput& input : tensor.inputs) inputs.push_back(ToJson(input, plan));
+    Json parts = Json::array();
+    for (const PlanPart& part : tensor.parts) {
+      parts.push_back({{"name", part.name}, {"shape", ToJson(part.shape)}});
+    }
     tensors.push_back({{"name", tensor.name},
+                       {"parts", std::move(parts)},
                        {"dtype", SafetensorsName(tensor.dtype)},
                        {"shape", ToJson(tensor.shape)},
                        {"bytes", tensor.bytes},

@@ -34,12 +34,12 @@ constexpr absl::string_view kModelPrefixes[] = {
     "deberta.", "gpt_neox.",    "vit.",  "language_model.", "base_model.",
 };
 
-enum class Role { kFactorA, kFactorB, kReplacement };
+enum class Role { kFactorA, kFactorB, kBias, kReplacement };
 
 // What a tensor of the adapter's file is, from its name.
 struct AdapterTensor {
   Role role = Role::kReplacement;
-  std::string target;  // a module for factors, a tensor for replacements
+  std::string target;  // a module for factors and their bias, a tensor for replacements
   bool embedding = false;
 };
 
@@ -73,8 +73,9 @@ absl::StatusOr<AdapterTensor> Classify(absl::string_view name) {
   }
   const bool factor = kind == "lora_A" || kind == "lora_B" || kind == "lora_embedding_A" ||
                       kind == "lora_embedding_B";
-  if (factor && parts.back() == "bias") {
-    return absl::FailedPreconditionError("a bias of the factor (lora_bias) is not supported");
+  if (kind == "lora_B" && parts.size() > 1 && parts.back() == "bias") {  // lora_bias
+    tensor.role = Role::kBias;
+    parts.pop_back();
   }
   if (!tensor.embedding && parts.size() > 1 && parts.back() == "weight") parts.pop_back();
   if (!factor || parts.size() > 2) {
@@ -100,6 +101,21 @@ const TensorInfo* Match(absl::string_view name,
 // Rows and columns of the tensor seen as a matrix.
 int64_t Columns(const Shape& shape) {
   return shape.rank() == 0 || shape[0] == 0 ? 0 : shape.elements() / shape[0];
+}
+
+// True when two tensors of a file have the same type, shape and bytes.
+absl::StatusOr<bool> SameBytes(ObjectStore& store, absl::string_view key, const TensorInfo& a,
+                               const TensorInfo& b) {
+  if (a.dtype != b.dtype || !(a.shape == b.shape)) return false;
+  constexpr int64_t kChunk = int64_t{1} << 20;
+  std::vector<std::byte> of_a(std::min(kChunk, a.bytes)), of_b(of_a.size());
+  for (int64_t at = 0; at < a.bytes; at += kChunk) {
+    const int64_t size = std::min(kChunk, a.bytes - at);
+    RETURN_IF_ERROR(store.ReadInto(key, a.offset + at, absl::MakeSpan(of_a).subspan(0, size)));
+    RETURN_IF_ERROR(store.ReadInto(key, b.offset + at, absl::MakeSpan(of_b).subspan(0, size)));
+    if (std::memcmp(of_a.data(), of_b.data(), size) != 0) return false;
+  }
+  return true;
 }
 
 // Decides how the factors fit `weight`; the one orientation that fits wins, and the configuration
@@ -137,6 +153,64 @@ absl::StatusOr<LoraAdapter::LowRank> Fit(const TensorInfo& weight, const TensorI
                               .scale = scale,
                               .transposed = transposed && (!direct || fan_in_fan_out)};
 }
+
+template <typename T>
+void Add(const float* delta, int64_t count, std::byte* target) {
+  for (int64_t i = 0; i < count; ++i) {  // memcpy: a tile may lie at any address
+    T value;
+    std::memcpy(&value, target + i * sizeof(T), sizeof(T));
+    value += delta[i];
+    std::memcpy(target + i * sizeof(T), &value, sizeof(T));
+  }
+}
+
+// target[i] = round(float32(target[i]) + delta[i]); F64 adds in double.
+void AddDelta(const float* delta, int64_t count, DType dtype, std::byte* target) {
+  if (dtype == DType::kF64) return Add<double>(delta, count, target);
+  if (dtype == DType::kF32) return Add<float>(delta, count, target);
+  std::array<float, 4096> values;
+  const int64_t width = ByteWidth(dtype);
+  for (int64_t done = 0; done < count; done += static_cast<int64_t>(values.size())) {
+    const int64_t elements = std::min<int64_t>(values.size(), count - done);
+    std::byte* place = target + done * width;
+    kernels::Convert({.data = place, .dtype = dtype, .size = elements},
+                     {.data = values.data(), .dtype = DType::kF32, .size = elements});
+    for (int64_t i = 0; i < elements; ++i) values[i] += delta[done + i];
+    kernels::Convert({.data = values.data(), .dtype = DType::kF32, .size = elements},
+                     {.data = place, .dtype = dtype, .size = elements});
+  }
+}
+
+// A bias with the scaled one of the factor B added, in float32.
+class BiasView final : public TensorSource {
+ public:
+  // `added` is F32.
+  BiasView(std::shared_ptr<const TensorSource> stored, std::shared_ptr<const TensorSource> added,
+           float scale)
+      : stored_(std::move(stored)), added_(std::move(added)), scale_(scale) {}
+
+  DType dtype() const override { return stored_->dtype(); }
+  const Shape& shape() const override { return stored_->shape(); }
+  const std::string& name() const override { return stored_->name(); }
+  int64_t resident_bytes() const override { return stored_->resident_bytes(); }
+
+  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                    ReadObserver* observer) const override {
+    RETURN_IF_ERROR(stored_->Read(first, count, out, observer));
+    std::vector<float> delta(count);
+    RETURN_IF_ERROR(added_->Read(
+        first, count,
+        absl::MakeSpan(reinterpret_cast<std::byte*>(delta.data()), delta.size() * sizeof(float)),
+        observer));
+    for (float& value : delta) value *= scale_;
+    AddDelta(delta.data(), count, dtype(), out.data());
+    return absl::OkStatus();
+  }
+
+ private:
+  const std::shared_ptr<const TensorSource> stored_, added_;
+  const float scale_;
+};
 
 std::vector<float> Transposed(const std::vector<float>& matrix, int64_t rows) {
   const int64_t columns = rows == 0 ? 0 : static_cast<int64_t>(matrix.size()) / rows;
@@ -208,7 +282,7 @@ class LoraAdapter::Factors {
   const std::string name_;
   std::mutex mutex_;
   std::list<std::shared_ptr<const LowRankProduct>> kept_;  // newest first; guarded by mutex_
-  int64_t bytes_ = 0;  // guarded by mutex_
+  int64_t bytes_ = 0;                                      // guarded by mutex_
 };
 
 class LoraAdapter::View final : public TensorSource {
@@ -242,7 +316,7 @@ class LoraAdapter::View final : public TensorSource {
       const int64_t into_row = first % columns;
       const int64_t elements = std::min({count, run, into_row == 0 ? run : columns - into_row});
       product->Compute(first, elements, delta.get());
-      AddDelta(delta.get(), elements, out.data());
+      AddDelta(delta.get(), elements, dtype(), out.data());
       out.remove_prefix(elements * ByteWidth(dtype()));
       first += elements;
       count -= elements;
@@ -262,33 +336,6 @@ class LoraAdapter::View final : public TensorSource {
     }
     factors_->Keep(product);
     return product;
-  }
-
-  // target[i] = round(float32(target[i]) + delta[i]); F64 adds in double.
-  void AddDelta(const float* delta, int64_t count, std::byte* target) const {
-    if (dtype() == DType::kF64) return Add<double>(delta, count, target);
-    if (dtype() == DType::kF32) return Add<float>(delta, count, target);
-    std::array<float, 4096> values;
-    const int64_t width = ByteWidth(dtype());
-    for (int64_t done = 0; done < count; done += static_cast<int64_t>(values.size())) {
-      const int64_t elements = std::min<int64_t>(values.size(), count - done);
-      std::byte* place = target + done * width;
-      kernels::Convert({.data = place, .dtype = dtype(), .size = elements},
-                       {.data = values.data(), .dtype = DType::kF32, .size = elements});
-      for (int64_t i = 0; i < elements; ++i) values[i] += delta[done + i];
-      kernels::Convert({.data = values.data(), .dtype = DType::kF32, .size = elements},
-                       {.data = place, .dtype = dtype(), .size = elements});
-    }
-  }
-
-  template <typename T>
-  static void Add(const float* delta, int64_t count, std::byte* target) {
-    for (int64_t i = 0; i < count; ++i) {  // memcpy: a tile may lie at any address
-      T value;
-      std::memcpy(&value, target + i * sizeof(T), sizeof(T));
-      value += delta[i];
-      std::memcpy(target + i * sizeof(T), &value, sizeof(T));
-    }
   }
 
   const std::shared_ptr<const TensorSource> stored_;
@@ -335,6 +382,7 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
     bool embedding = false;
   };
   std::map<std::string, Pair> pairs;  // by module
+  std::vector<const TensorInfo*> without_target;
   for (const TensorInfo& tensor : header.tensors) {
     const std::string where = absl::StrCat(file, ", tensor ", Printable(tensor.name));
     const absl::StatusOr<AdapterTensor> classified = Classify(tensor.name);
@@ -342,8 +390,8 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
     if (classified->role == Role::kReplacement) {
       const TensorInfo* target = Match(classified->target, find);
       if (target == nullptr) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(where, ": the model has no tensor ", Printable(classified->target)));
+        without_target.push_back(&tensor);
+        continue;
       }
       if (!(target->shape == tensor.shape)) {
         return absl::FailedPreconditionError(
@@ -363,6 +411,22 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
       change.replacement = tensor;
       continue;
     }
+    if (classified->role == Role::kBias) {
+      const TensorInfo* target = Match(absl::StrCat(classified->target, ".bias"), find);
+      if (target == nullptr || !(target->shape == tensor.shape) || !IsFloat(tensor.dtype) ||
+          !IsFloat(target->dtype)) {
+        return absl::FailedPreconditionError(absl::StrCat(
+            where, ": the model has no bias of its shape for ", Printable(classified->target)));
+      }
+      Change& change = adapter->changes_[target->name];
+      if (std::exchange(change.has_bias, true)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(where, ": another tensor changes ", Printable(target->name), " too"));
+      }
+      change.bias = tensor;
+      change.bias_scale = config->Scale(classified->target);
+      continue;
+    }
     Pair& pair = pairs[classified->target];
     pair.embedding = classified->embedding;
     const TensorInfo*& factor = classified->role == Role::kFactorA ? pair.a : pair.b;
@@ -372,6 +436,20 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
                        " has this factor twice; several adapters in one file are not supported"));
     }
     factor = &tensor;
+  }
+  // PEFT needs the output head of a model that is tied to its embeddings besides those; such a
+  // model has no tensor for it and takes what the embeddings become.
+  for (const TensorInfo* const tensor : without_target) {
+    bool tied = false;
+    for (const auto& [name, change] : adapter->changes_) {
+      if (tied || !change.has_replacement) continue;
+      ASSIGN_OR_RETURN(tied, SameBytes(*store, kWeights, change.replacement, *tensor));
+    }
+    if (!tied) {
+      return absl::FailedPreconditionError(absl::StrCat(file, ", tensor ", Printable(tensor->name),
+                                                        ": the model has no tensor ",
+                                                        Printable(Classify(tensor->name)->target)));
+    }
   }
   for (const auto& [module, pair] : pairs) {
     const std::string where = absl::StrCat(file, ", module ", Printable(module));
@@ -412,6 +490,12 @@ std::shared_ptr<const TensorSource> LoraAdapter::Apply(absl::string_view tensor,
     stored = CastSource(std::make_shared<StoredSource>(file_.store, file_.key, change.replacement,
                                                        stored->name(), file),
                         dtype);
+  }
+  if (change.has_bias) {
+    auto bias = CastSource(
+        std::make_shared<StoredSource>(file_.store, file_.key, change.bias, stored->name(), file),
+        DType::kF32);
+    stored = std::make_shared<BiasView>(std::move(stored), std::move(bias), change.bias_scale);
   }
   if (!change.has_low_rank) return stored;
   return std::make_shared<View>(std::move(stored), change.low_rank, factors_, file);

@@ -4,7 +4,8 @@
 //   adapter_model.safetensors     base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight
 //                                 [out, r], .lora_embedding_A [r, tokens], .lora_embedding_B [dim,
 //                                 r], base_model.model.TENSOR: replaces the model's
-//                                 (modules_to_save, bias)
+//                                 (modules_to_save, bias); MODULE.lora_B.bias [out] is added to
+//                                 the module's bias like the product of the factors
 //
 // The adapted tensor is W + alpha / r * B A (alpha / sqrt(r) with use_rslora), transposed where W
 // is stored [in, out] (fan_in_fan_out, embeddings). A feature that changes this formula and is not
@@ -55,6 +56,9 @@ class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
   struct Change {
     bool has_replacement = false;
     TensorInfo replacement;
+    bool has_bias = false;
+    TensorInfo bias;  // added to the model's, times bias_scale
+    float bias_scale = 1;
     bool has_low_rank = false;
     LowRank low_rank;
   };

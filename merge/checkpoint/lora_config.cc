@@ -22,10 +22,13 @@ constexpr double kMaxRank = 1 << 20;
 
 // Settings that change what the adapter computes and that Pewter does not apply.
 constexpr absl::string_view kUnsupported[] = {
-    "use_dora",          "lora_bias",
-    "layer_replication", "target_parameters",
-    "use_qalora",        "trainable_token_indices",
-    "arrow_config",      "alora_invocation_tokens",
+    "use_dora",
+    "target_parameters",
+    "layer_replication",
+    "use_qalora",
+    "trainable_token_indices",
+    "arrow_config",
+    "alora_invocation_tokens",
 };
 
 // Initialisations that leave the base weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ)

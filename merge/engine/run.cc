@@ -9,12 +9,14 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "merge/engine/buffer_pool.h"
 #include "merge/engine/manifest.h"
+#include "merge/engine/memory_budget.h"
 #include "merge/engine/shard_writer.h"
 #include "merge/engine/stages.h"
 #include "merge/engine/tensor_run.h"
@@ -130,6 +132,7 @@ class Run {
   std::string device_description_;
   Sizing sizing_;
   std::atomic<int64_t> candidate_bytes_ = 0;
+  std::unique_ptr<MemoryBudget> task_memory_;
   std::mutex mutex_;
   RunState state_;  // guarded by mutex_ while shards are merged
   int64_t shards_reused_ = 0;
@@ -192,14 +195,16 @@ absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
 
 absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
   // First what makes it a model, then its weights; other files of the user stay.
-  for (const char* name :
-       {kManifestFile, "model.safetensors.index.json", "config.json", kStateFile}) {
+  for (const char* name : {kManifestFile, "model.safetensors.index.json", "config.json",
+                           "adapter_config.json", kStateFile}) {
     RETURN_IF_ERROR(output_->Remove(name));
   }
   for (const ObjectEntry& entry : entries) {
     const absl::string_view key = entry.key;
-    const bool weights = key.find('/') == absl::string_view::npos && key.substr(0, 5) == "model" &&
-                         key.size() > 12 && key.substr(key.size() - 12) == ".safetensors";
+    const bool weights =
+        key.find('/') == absl::string_view::npos &&
+        (absl::StartsWith(key, "model") || absl::StartsWith(key, "adapter_model")) &&
+        absl::EndsWith(key, ".safetensors");
     if (weights) RETURN_IF_ERROR(output_->Remove(key));
   }
   return absl::OkStatus();
@@ -232,13 +237,20 @@ absl::Status Run::MergeShard(int index) {
       .seed = plan_.options.seed,
       .allow_nonfinite = options_.allow_nonfinite,
       .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
-  std::atomic<size_t> next{0};
+  size_t next = 0;
+  std::mutex order_mutex;  // guards `next`; held while a task waits for memory, so that they come
+                           // in order
   std::mutex mutex;
   absl::Status status;
   std::map<size_t, ShardRecord> parts;  // by place of the tensor, so that warnings keep plan order
   const auto coordinate = [&] {
-    for (size_t i = next++; i < shard.tensors.size(); i = next++) {
+    while (true) {
+      std::unique_lock order(order_mutex);
+      const size_t i = next++;
+      if (i >= shard.tensors.size()) return;
       const PlanTensor& tensor = plan_.tensors[shard.tensors[i]];
+      const auto memory = task_memory_->Acquire(tensor.task == nullptr ? 0 : tensor.task->bytes());
+      order.unlock();
       meter_.Current(tensor.name);
       TensorRun run(tensor, shard.tensors[i], environment);
       const absl::Status merged = run.Run();
@@ -254,7 +266,10 @@ absl::Status Run::MergeShard(int index) {
   };
   {
     std::vector<std::jthread> coordinators;
-    const size_t count = std::min<size_t>(kTensorsInFlight, shard.tensors.size());
+    // A task has one lane to itself.
+    const size_t wanted =
+        sizing_.task_bytes > 0 ? std::max(kTensorsInFlight, sizing_.lanes) : kTensorsInFlight;
+    const size_t count = std::min(wanted, shard.tensors.size());
     for (size_t i = 0; i < count; ++i) coordinators.emplace_back(coordinate);
   }
   RETURN_IF_ERROR(status);
@@ -276,6 +291,7 @@ absl::Status Run::MergeShard(int index) {
 absl::Status Run::MergeShards() {
   ASSIGN_OR_RETURN(sizing_, SizeRun(plan_));
   candidate_bytes_ = sizing_.candidate_bytes;
+  task_memory_ = std::make_unique<MemoryBudget>(sizing_.task_bytes);
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
   ASSIGN_OR_RETURN(std::unique_ptr<kernels::Backend> allocator,
                    kernels::OpenBackend(device, /*threads=*/1));
@@ -340,7 +356,7 @@ absl::Status Run::Publish() {
       RETURN_IF_ERROR(WriteAux(file.name, text));
     }
   }
-  if (!plan_.config_json.empty()) RETURN_IF_ERROR(WriteAux("config.json", plan_.config_json));
+  if (!plan_.config_json.empty()) RETURN_IF_ERROR(WriteAux(plan_.config_file, plan_.config_json));
   if (!plan_.index_json.empty())
     RETURN_IF_ERROR(WriteAux("model.safetensors.index.json", plan_.index_json));
   return absl::OkStatus();

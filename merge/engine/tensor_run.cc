@@ -1,6 +1,7 @@
 #include "merge/engine/tensor_run.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <utility>
 
@@ -30,8 +31,11 @@ TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& envir
       reported_(tensor.inputs.size() + 1, false) {}
 
 absl::Status TensorRun::Run() {
-  return Annotate(tensor_.method == nullptr ? Copy(0) : tensor_.method->run(*this),
-                  absl::StrCat("output tensor ", tensor_.name));
+  const auto run = [&] {
+    if (tensor_.task != nullptr) return RunTask();
+    return tensor_.method == nullptr ? Copy(0) : tensor_.method->run(*this);
+  };
+  return Annotate(run(), absl::StrCat("output tensor ", tensor_.name));
 }
 
 const ParamValue* TensorRun::shared(absl::string_view param) const {
@@ -160,6 +164,58 @@ absl::StatusOr<Op> TensorRun::Placed(const Tile& tile, const Op& op, size_t oper
 template absl::StatusOr<kernels::MagnitudeOp> TensorRun::Placed(const Tile& tile,
                                                                 const kernels::MagnitudeOp& op,
                                                                 size_t operands);
+
+class TensorRun::Task : public TaskContext {
+ public:
+  Task(TensorRun& run, Lane& lane) : run_(run), lane_(lane) {}
+
+  kernels::Backend& backend() override { return lane_.backend(); }
+  DType dtype(int operand) const override { return run_.source(operand).dtype(); }
+  const Shape& shape(int operand) const override { return run_.source(operand).shape(); }
+
+  absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) override {
+    const int64_t elements = shape(operand).elements(), width = ByteWidth(dtype(operand));
+    const bool direct = where == Where::kHost || backend().host_memory();
+    ASSIGN_OR_RETURN(
+        std::unique_ptr<kernels::Buffer> buffer,
+        direct ? backend().AllocateHost(elements * width) : backend().Allocate(elements * width));
+    auto* const to = static_cast<char*>(buffer->data());
+    const int64_t step = run_.environment_.tile_elements;
+    for (int64_t first = 0; first < elements; first += step) {
+      const int64_t count = std::min(step, elements - first);
+      if (direct) {
+        RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, to + first * width));
+        continue;
+      }
+      ASSIGN_OR_RETURN(void* const staged, lane_.Host(0, step * width));
+      RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, staged));
+      RETURN_IF_ERROR(backend().Upload(staged, to + first * width, count * width));
+      RETURN_IF_ERROR(backend().Synchronize());  // before the staging memory is used again
+    }
+    run_.audited_[operand + 1] = true;
+    return buffer;
+  }
+
+ private:
+  TensorRun& run_;
+  Lane& lane_;
+};
+
+absl::Status TensorRun::RunTask() {
+  std::vector<float> result(tensor_.shape.elements());
+  const auto run = [&](Lane& lane, int64_t) {
+    Task task(*this, lane);
+    return tensor_.task->Run(task, absl::MakeSpan(result));
+  };
+  RETURN_IF_ERROR(environment_.scheduler.Run(order_, 1, run, [](int64_t) { return true; }));
+  const auto emit = [&](const Tile& tile) -> absl::Status {
+    const int64_t bytes = tile.count * static_cast<int64_t>(sizeof(float));
+    ASSIGN_OR_RETURN(PooledBuffer part, environment_.buffers.Acquire(bytes));
+    std::memcpy(part.data(), result.data() + tile.first, bytes);
+    return Emit(tile, std::move(part), DType::kF32);
+  };
+  return ForEachTile({}, /*writes_output=*/true, Cut::kTiles, emit);
+}
 
 absl::StatusOr<std::vector<double>> TensorRun::ReduceBlocks(const kernels::ReduceOp& op,
                                                             Operands operands, int64_t block,

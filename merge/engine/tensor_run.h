@@ -65,6 +65,7 @@ class TensorRun : public MethodContext {
 
  private:
   friend class TensorScan;
+  class Task;  // the TaskContext of one run
 
   // One tile of a pass: elements [first, first + count).
   struct Tile {
@@ -99,6 +100,7 @@ class TensorRun : public MethodContext {
   absl::Status ReadAudited(int operand, int64_t first, int64_t count, void* host);
   absl::StatusOr<kernels::ConstView> Load(const Tile& tile, int operand, int slot);
   absl::Status CheckFinite(kernels::ConstView host, int64_t first, int operand);
+  absl::Status RunTask();
   // A tile of the result in host memory, in `from`, goes to the output in the output's dtype.
   absl::Status Emit(const Tile& tile, PooledBuffer result, DType from);
 

@@ -1,6 +1,7 @@
 #include "merge/plan/layout.h"
 
 #include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <tuple>
@@ -38,11 +39,8 @@ void SortAsStored(Plan& plan) {
   plan.tensors = std::move(sorted);
 }
 
-}  // namespace
-
-absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
-  SortAsStored(plan);
-  int64_t total = 0;
+// Cuts the tensors, in their order, into shards.
+absl::Status CutShards(int64_t shard_bytes, Plan& plan, int64_t& total) {
   int64_t in_shard = 0;
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
     PlanTensor& tensor = plan.tensors[i];
@@ -56,6 +54,47 @@ absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
     tensor.shard = static_cast<int>(plan.shards.size()) - 1;
     plan.shards.back().tensors.push_back(static_cast<int>(i));
   }
+  return absl::OkStatus();
+}
+
+// Makes the shard's header and places its tensors.
+absl::Status LayOutShard(PlanShard& shard, Plan& plan) {
+  std::vector<TensorInfo> infos;
+  std::vector<size_t> first_part;  // of each tensor
+  for (int index : shard.tensors) {
+    const PlanTensor& tensor = plan.tensors[index];
+    first_part.push_back(infos.size());
+    if (tensor.parts.empty()) {
+      infos.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
+    }
+    for (const PlanPart& part : tensor.parts) {
+      infos.push_back({.name = part.name, .dtype = tensor.dtype, .shape = part.shape});
+    }
+  }
+  ASSIGN_OR_RETURN(shard.header, LayOutSafetensors(infos, {{"format", "pt"}}));
+  shard.bytes = static_cast<int64_t>(shard.header.size());
+  for (size_t i = 0; i < shard.tensors.size(); ++i) {
+    PlanTensor& tensor = plan.tensors[shard.tensors[i]];
+    tensor.offset = infos[first_part[i]].offset;
+    shard.bytes += tensor.bytes;
+  }
+  plan.write_bytes += shard.bytes;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status LayOutAdapter(const std::string& file, Plan& plan) {
+  int64_t total = 0;
+  RETURN_IF_ERROR(CutShards(std::numeric_limits<int64_t>::max(), plan, total));
+  plan.shards.front().file = file;
+  return LayOutShard(plan.shards.front(), plan);
+}
+
+absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
+  SortAsStored(plan);
+  int64_t total = 0;
+  RETURN_IF_ERROR(CutShards(shard_bytes, plan, total));
 
   const int count = static_cast<int>(plan.shards.size());
   nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
@@ -63,20 +102,9 @@ absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
     PlanShard& shard = plan.shards[s];
     shard.file = count == 1 ? "model.safetensors"
                             : absl::StrFormat("model-%05d-of-%05d.safetensors", s + 1, count);
-    std::vector<TensorInfo> infos;
-    for (int index : shard.tensors) {
-      const PlanTensor& tensor = plan.tensors[index];
-      infos.push_back({.name = tensor.name, .dtype = tensor.dtype, .shape = tensor.shape});
-    }
-    ASSIGN_OR_RETURN(shard.header, LayOutSafetensors(infos, {{"format", "pt"}}));
-    shard.bytes = static_cast<int64_t>(shard.header.size());
-    for (size_t i = 0; i < infos.size(); ++i) {
-      PlanTensor& tensor = plan.tensors[shard.tensors[i]];
-      tensor.offset = infos[i].offset;
-      shard.bytes += tensor.bytes;
-      if (count > 1) weight_map[tensor.name] = shard.file;
-    }
-    plan.write_bytes += shard.bytes;
+    RETURN_IF_ERROR(LayOutShard(shard, plan));
+    if (count == 1) continue;
+    for (int index : shard.tensors) weight_map[plan.tensors[index].name] = shard.file;
   }
   if (count > 1) {
     const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},

@@ -1,12 +1,8 @@
 #include "merge/plan/plan.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <set>
-#include <thread>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
@@ -14,15 +10,14 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "base/digest.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "base/units.h"
-#include "kernels/backends.h"
 #include "merge/plan/chat_template.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
+#include "merge/plan/plan_steps.h"
 #include "merge/plan/sizing.h"
 #include "merge/plan/stage_store.h"
 #include "merge/plan/tokenizer.h"
@@ -30,8 +25,6 @@
 namespace pewter {
 namespace {
 
-// Part of the fingerprint: raised when the same recipe and inputs give other bytes.
-constexpr absl::string_view kPlanFormat = "pewter-plan-1";
 constexpr size_t kNamesShown = 5;
 
 // Sorted names, shortened for a message.
@@ -74,7 +67,7 @@ class Planner {
   }
 
   absl::StatusOr<Plan> Make() {
-    RETURN_IF_ERROR(ResolveOptions());
+    RETURN_IF_ERROR(ResolveOptions(plan_.options));
     auto method = FindMethod(recipe_.merge_method);
     if (!method.ok()) {
       return Annotate(method.status(), recipe_.merge_method_at.ToString());
@@ -96,35 +89,12 @@ class Planner {
     RETURN_IF_ERROR(AddFiles());
     ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
     plan_.peak_bytes = sizing.peak_bytes;
-    RETURN_IF_ERROR(MakeFingerprint());
-    if (plan_.options.strict && !plan_.warnings.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan_.warnings, "; ")));
-    }
+    RETURN_IF_ERROR(SetFingerprint(recipe_.overrides, plan_));
+    RETURN_IF_ERROR(CheckStrict(plan_));
     return std::move(plan_);
   }
 
  private:
-  // --- options ---------------------------------------------------------------------------------
-
-  absl::Status ResolveOptions() {
-    PlanOptions& options = plan_.options;
-    if (options.memory_bytes < 0 || options.threads < 0 || options.shard_bytes <= 0) {
-      return absl::InvalidArgumentError(
-          "memory and threads must not be negative, and a shard needs at least one byte");
-    }
-    if (options.memory_bytes == 0) {
-      const int64_t ram = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-      options.memory_bytes = std::min(int64_t{4} << 30, ram / 4);
-    }
-    if (options.threads == 0) {
-      options.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    }
-    ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
-    options.device = device.ToString();
-    return absl::OkStatus();
-  }
-
   // --- models ----------------------------------------------------------------------------------
 
   absl::Status OpenModel(const ModelRef& ref) {
@@ -861,51 +831,6 @@ class Planner {
       common = tensor.dtype;
     }
     return common;
-  }
-
-  absl::Status MakeFingerprint() {
-    Sha256 digest;
-    const auto add = [&](absl::string_view text) {
-      digest.Update(absl::StrCat(text.size(), ":"));
-      digest.Update(text);
-    };
-    const auto add_stat = [&](const ObjectStat& stat) {
-      if (stat.etag.empty()) {
-        add(absl::StrCat(stat.size, " ", stat.mtime_ns));
-      } else {
-        add(stat.etag);
-      }
-    };
-    const PlanOptions& options = plan_.options;
-    add(kPlanFormat);
-    add(recipe_.text);
-    for (const auto& [key, value] : recipe_.overrides) {
-      add(key);
-      add(value);
-    }
-    // Reductions of a GPU and of a CPU agree within a tolerance only.
-    add(options.device == "cpu" ? "cpu" : "gpu");
-    add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies,
-                     " ", options.shard_bytes, " ", options.copy_tokenizer, " ",
-                     options.write_model_card));
-    for (const InputFile& file : plan_.files) {
-      add_stat(file.stat);
-      add(absl::StrCat(file.header_crc32c));
-    }
-    for (const PlanFile& file : plan_.aux_files) {
-      add(file.name);
-      add(file.text);
-      if (file.model < 0) continue;
-      ASSIGN_OR_RETURN(const ObjectStat stat, Model(file.model).store().Stat(file.name));
-      add_stat(stat);
-    }
-    add(plan_.config_json);
-    for (const PlanShard& shard : plan_.shards) {
-      add(shard.file);
-      add(shard.header);
-    }
-    plan_.fingerprint = digest.Finish();
-    return absl::OkStatus();
   }
 
   const Recipe& recipe_;

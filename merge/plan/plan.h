@@ -15,6 +15,7 @@
 #include "merge/checkpoint/architecture.h"
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/methods/method.h"
+#include "merge/methods/tensor_task.h"
 #include "merge/recipe/recipe.h"
 
 namespace pewter {
@@ -42,12 +43,22 @@ struct PlanInput {
   ParamValues params;                          // of scope kModel
 };
 
+// A tensor of the output file.
+struct PlanPart {
+  std::string name;
+  Shape shape;
+};
+
 struct PlanTensor {
   std::string name;
   DType dtype = DType::kF32;  // of the output
   Shape shape;
   const MergeMethod* method =
-      nullptr;  // null: the only input is copied (buffers, single optional inputs)
+      nullptr;  // null, as is task: the only input is copied (buffers, single optional inputs)
+  std::shared_ptr<const TensorTask> task;  // instead of a method
+  // What a task computes together and the file holds one after the other (factors of a matrix);
+  // `name` is then for messages alone and `shape` flat. Empty: the tensor itself.
+  std::vector<PlanPart> parts;
   std::vector<PlanInput> inputs;  // without the base
   std::optional<PlanInput> base;
   DType result_dtype =
@@ -99,9 +110,10 @@ struct Plan {
   std::vector<InputFile> files;  // of all models, in order
   std::vector<PlanTensor> tensors;
   std::vector<PlanShard> shards;
-  std::vector<PlanFile> aux_files;    // tokenizer, generation config, model card, recipe
-  std::string config_json;            // written with the index, last; empty for raw checkpoints
-  std::string index_json;             // empty for a single shard
+  std::vector<PlanFile> aux_files;  // tokenizer, generation config, model card, recipe
+  std::string config_json;          // written with the index, last; empty for raw checkpoints
+  std::string config_file = "config.json";  // where to; adapter_config.json for an adapter
+  std::string index_json;                   // empty for a single shard
   std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently; stages too
   std::map<std::string, std::vector<std::string>>
       unused_tensors;      // model -> tensors that no output reads

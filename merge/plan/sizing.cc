@@ -31,6 +31,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   Sizing sizing{.tile_elements = device.cuda ? kCudaTileElements : kCpuTileElements};
 
   int64_t most_operands = 1, widest = 1, resident = 0, candidates = 0, longest_row = 0;
+  int64_t largest_task = 0;
   for (const PlanTensor& tensor : plan.tensors) {
     const auto see = [&](const PlanInput& input) {
       widest = std::max(widest, ByteWidth(input.source->dtype()));
@@ -53,6 +54,15 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
                                             kernels::MostCandidates(tensor.shape.elements()) *
                                             static_cast<int64_t>(sizeof(kernels::SiftCandidate)));
     }
+    if (tensor.task != nullptr) {
+      largest_task = std::max(largest_task, tensor.task->bytes());
+      if (tensor.task->bytes() > options.memory_bytes) {
+        return absl::ResourceExhaustedError(
+            absl::StrCat("tensor ", tensor.name, " needs ", FormatBytes(tensor.task->bytes()),
+                         " with ", tensor.task->name(), " and the memory budget is ",
+                         FormatBytes(options.memory_bytes), "; raise --memory"));
+      }
+    }
     if (tensor.method == nullptr || tensor.method->whole_tensor_bytes_per_element == 0) continue;
     ASSIGN_OR_RETURN(
         const int64_t whole,
@@ -74,16 +84,17 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     lane_bytes += sizing.tile_elements * static_cast<int64_t>(sizeof(kernels::SiftCandidate)) +
                   most_operands * kernels::kRadixBins * 8;
   }
-  const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes;
+  const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes + largest_task;
   if (least > options.memory_bytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the merge needs at least ", FormatBytes(least), " (", FormatBytes(resident),
-                     " of it for adapters and token maps) and the memory budget is ",
+                     " of it for adapters and token maps, ", FormatBytes(largest_task),
+                     " for the largest matrix) and the memory budget is ",
                      FormatBytes(options.memory_bytes), "; raise --memory"));
   }
   // Half of what is left for lanes, a quarter for windows, an eighth for candidates (without them
   // thresholds take more passes), the rest for what the process needs besides.
-  const int64_t free = options.memory_bytes - resident;
+  const int64_t free = options.memory_bytes - resident - largest_task;
   const int64_t wanted = device.cuda ? std::max(kCudaLanes, options.threads) : options.threads;
   sizing.lanes = static_cast<int>(std::clamp<int64_t>(free / 2 / lane_bytes, 1, wanted));
   sizing.open_shards = std::clamp(sizing.lanes / kLanesPerOpenShard, 1,
@@ -94,6 +105,11 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   sizing.candidate_bytes = std::min(free / 8, kLargestInFlight * candidates);
   sizing.peak_bytes = resident + sizing.lanes * lane_bytes +
                       sizing.open_shards * sizing.window_bytes + sizing.candidate_bytes;
+  // As many of the largest task as lanes can run, if what is left is enough.
+  sizing.task_bytes =
+      std::min(sizing.lanes * largest_task,
+               largest_task + std::max<int64_t>(0, free - (sizing.peak_bytes - resident)));
+  sizing.peak_bytes += sizing.task_bytes;
   return sizing;
 }
 

@@ -16,6 +16,7 @@ struct Sizing {
   int open_shards = 1;
   int64_t window_bytes = 0;     // finished tiles of one shard that wait to be written
   int64_t candidate_bytes = 0;  // elements near a threshold, of all tensors in flight
+  int64_t task_bytes = 0;       // of all tasks at a time
   int64_t peak_bytes = 0;       // anonymous memory of all that
 };
 

@@ -18,10 +18,16 @@ void Parse(CommandLine& line, const std::string& arguments) {
 
 TEST(CommandLineTest, EveryCommandSetsABody) {
   const std::pair<const char*, const char*> cases[] = {
-      {"merge", "merge r.yaml out"}, {"plan", "plan r.yaml"},
-      {"methods", "methods"},        {"inspect", "inspect m"},
-      {"diff", "diff a b"},          {"submit", "submit r.yaml out"},
-      {"jobs", "jobs list"},         {"completion", "completion bash"},
+      {"merge", "merge r.yaml out"},
+      {"plan", "plan r.yaml"},
+      {"methods", "methods"},
+      {"inspect", "inspect m"},
+      {"diff", "diff a b"},
+      {"submit", "submit r.yaml out"},
+      {"extract-lora",
+       "extract-lora --model a --base-model b --out-path c -i x -e y --no-distribute-scale"},
+      {"jobs", "jobs list"},
+      {"completion", "completion bash"},
   };
   std::set<std::string> covered;
   for (const auto& [name, arguments] : cases) {
@@ -55,6 +61,8 @@ TEST(CommandLineTest, RefusesBadUsage) {
            "merge r.yaml out -o yaml",
            "jobs",
            "jobs get",
+           "extract-lora --model a --base-model b",
+           "extract-lora --model a --base-model b --out-path c --max-rank 0",
            "jobs list --limit none",
            "submit r.yaml out --priority 5000",
        }) {

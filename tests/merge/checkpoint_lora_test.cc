@@ -380,7 +380,6 @@ TEST_F(Lora, UnsupportedFeaturesAreNamed) {
       {R"({"peft_type":"LORA","r":1.5,"lora_alpha":6})", "r must be"},
       {R"({"peft_type":"LORA","r":1e300,"lora_alpha":6})", "r must be"},
       {Config(R"("use_dora":true)"), "use_dora"},
-      {Config(R"("lora_bias":true)"), "lora_bias"},
       {Config(R"("target_parameters":["experts.w1"])"), "target_parameters"},
       {Config(R"("layer_replication":[[0,4]])"), "layer_replication"},
       {Config(R"("init_lora_weights":"pissa_niter_4")"), "pissa"},

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "merge/pewter.h"
+#include "merge/plan/extract_lora.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/tiny_model.h"
 
@@ -44,8 +45,12 @@ std::vector<Case> Cases() {
     if (!fs::is_directory(root / "cases")) continue;
     for (const auto& entry : fs::directory_iterator(root / "cases")) {
       const std::string id = entry.path().filename();
-      if (NotOurs().contains(id) || !fs::exists(entry.path() / "recipe.yml")) continue;
       const json meta = json::parse(ReadFile(entry.path() / "meta.json"));
+      if (meta["tool"] == "mergekit-extract-lora") {
+        cases.push_back({fs::weakly_canonical(root).string(), id});
+        continue;
+      }
+      if (NotOurs().contains(id) || !fs::exists(entry.path() / "recipe.yml")) continue;
       if (meta["tool"] != "mergekit-yaml" && meta["tool"] != "mergekit-multi") continue;
       const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(entry.path() / "recipe.yml"));
       const bool is_error = meta["compare"]["mode"] == "error";
@@ -77,7 +82,91 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
     options_.device = "cpu";
   }
 
+  // mergekit-extract-lora's command line.
+  absl::StatusOr<Plan> MakeExtractPlan() {
+    ExtractLoraOptions extract;
+    const std::vector<std::string> args = meta_["args"];
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (args[i] == "--model")
+        extract.model.path = args[++i];
+      else if (args[i] == "--base-model")
+        extract.base.path = args[++i];
+      else if (args[i] == "--out-path")
+        ++i;
+      else if (args[i] == "--max-rank")
+        extract.max_rank = std::stol(args[++i]);
+      else if (args[i] == "--no-distribute-scale")
+        extract.distribute_scale = false;
+      else if (args[i] == "--sv-epsilon")
+        extract.sv_epsilon = std::stod(args[++i]);
+      else if (args[i] == "--embed-lora")
+        extract.embed_lora = true;
+      else if (args[i] == "--skip-undecomposable")
+        extract.skip_undecomposable = true;
+      else if (args[i] == "--save-module")
+        extract.save_modules.push_back(args[++i]);
+      else if (args[i] == "-i" || args[i] == "--include-regex")
+        extract.include.push_back(args[++i]);
+      else if (args[i] == "-e" || args[i] == "--exclude-regex")
+        extract.exclude.push_back(args[++i]);
+      else
+        EXPECT_EQ(args[i], "--no-lazy-unpickle") << "an option that this test does not know";
+    }
+    return MakeExtractLoraPlan(extract, options_);
+  }
+
+  // Products of the factors, as their signs and bases are free; everything else as it is.
+  void CompareAdapters(const json& compare, const std::map<std::string, TinyTensor>& expected,
+                       const std::map<std::string, TinyTensor>& got) {
+    const auto product = [](const TinyTensor& b, const TinyTensor& a) {
+      const int64_t rank = b.shape[1], columns = a.shape[1];
+      std::vector<double> values(b.shape[0] * columns);
+      for (int64_t i = 0; i < b.shape[0]; ++i) {
+        for (int64_t k = 0; k < rank; ++k) {
+          for (int64_t j = 0; j < columns; ++j) {
+            values[i * columns + j] += b.values[i * rank + k] * a.values[k * columns + j];
+          }
+        }
+      }
+      return values;
+    };
+    const double atol = compare["atol"];
+    for (const auto& [name, want] : expected) {
+      ASSERT_TRUE(got.contains(name)) << name;
+      ASSERT_EQ(got.at(name).shape, want.shape) << name;
+      const bool a = name.find("lora_A") != std::string::npos ||
+                     name.find("lora_embedding_A") != std::string::npos;
+      const bool b = name.find("lora_B") != std::string::npos ||
+                     name.find("lora_embedding_B") != std::string::npos;
+      if (b) continue;
+      std::vector<double> of_want = want.values, of_got = got.at(name).values;
+      if (a) {
+        std::string partner = name;
+        partner[partner.rfind("_A") + 1] = 'B';
+        of_want = product(expected.at(partner), want);
+        of_got = product(got.at(partner), got.at(name));
+      }
+      double worst = 0;
+      for (size_t i = 0; i < of_want.size(); ++i) {
+        worst = std::max(worst, std::abs(of_want[i] - of_got[i]));
+      }
+      EXPECT_LE(worst, atol) << name;
+    }
+    EXPECT_EQ(got.size(), expected.size());
+    const json want = json::parse(ReadFile(folder_ + "/expected/adapter_config.json"));
+    const json made = json::parse(ReadFile(out_ / "model/adapter_config.json"));
+    for (const char* key : {"r", "lora_alpha", "task_type", "peft_type", "rank_pattern",
+                            "alpha_pattern", "fan_in_fan_out", "use_rslora"}) {
+      EXPECT_EQ(made[key], want[key]) << key;
+    }
+    for (const char* key : {"target_modules", "modules_to_save"}) {
+      EXPECT_EQ(made[key].get<std::set<std::string>>(), want[key].get<std::set<std::string>>())
+          << key;
+    }
+  }
+
   absl::StatusOr<Plan> MakeGoldenPlan() {
+    if (meta_["tool"] == "mergekit-extract-lora") return MakeExtractPlan();
     const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(folder_ + "/recipe.yml"));
     if (!recipe.ok()) return recipe.status();
     return MakePlan(*recipe, options_);
@@ -216,6 +305,7 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
   std::string folder_;
   json meta_;
   PlanOptions options_;
+  testing::TempFolder out_;
 };
 
 TEST_P(GoldenTest, Agrees) {
@@ -235,17 +325,20 @@ TEST_P(GoldenTest, Agrees) {
     return;
   }
   ASSERT_TRUE(plan.ok()) << plan.status();
-  testing::TempFolder out;
-  const absl::StatusOr<Manifest> manifest = RunPlan(*plan, {.output = out / "model"});
+  const absl::StatusOr<Manifest> manifest = RunPlan(*plan, {.output = out_ / "model"});
   ASSERT_TRUE(manifest.ok()) << manifest.status();
 
-  auto merged = ReadTensors(out / "model");
+  auto merged = ReadTensors(out_ / "model");
   if (compare["mode"] == "random") {
     EXPECT_EQ(merged.size(), meta_["n_tensors"].get<size_t>());
     CompareRandom(compare, merged);
     return;
   }
   const auto expected = ReadTensors(folder_ + "/expected");
+  if (compare["mode"] == "lora_product") {
+    CompareAdapters(compare, expected, merged);
+    return;
+  }
   for (const auto& [name, want] : expected) {
     ASSERT_TRUE(merged.contains(name)) << name;
     EXPECT_EQ(merged.at(name).dtype, want.dtype) << name;
@@ -253,7 +346,7 @@ TEST_P(GoldenTest, Agrees) {
   }
   EXPECT_EQ(merged.size(), expected.size());
   if (compare.value("vocab_align", false)) {
-    AlignRows(folder_ + "/expected", out / "model", merged);
+    AlignRows(folder_ + "/expected", out_ / "model", merged);
   }
   if (compare["mode"] == "relnorm") {
     CompareNorms(compare, expected, merged);
@@ -262,7 +355,7 @@ TEST_P(GoldenTest, Agrees) {
   }
 
   const json want = json::parse(ReadFile(folder_ + "/expected/config.json"));
-  const json got = json::parse(ReadFile(out / "model/config.json"));
+  const json got = json::parse(ReadFile(out_ / "model/config.json"));
   for (const char* key : {"num_hidden_layers", "n_layer", "vocab_size", "architectures"}) {
     if (!want.contains(key)) continue;
     // mergekit leaves the size of a vocabulary that it cuts as it was.
@@ -271,7 +364,7 @@ TEST_P(GoldenTest, Agrees) {
   }
   const std::string chat_template = folder_ + "/expected/chat_template.jinja";
   if (fs::exists(chat_template)) {
-    EXPECT_EQ(ReadFile(out / "model/chat_template.jinja"), ReadFile(chat_template));
+    EXPECT_EQ(ReadFile(out_ / "model/chat_template.jinja"), ReadFile(chat_template));
   }
 }
 

@@ -1,0 +1,114 @@
+#include "client/run_arguments.h"
+
+#include <cstdio>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/units.h"
+#include "client/commands.h"
+#include "client/exit_code.h"
+#include "client/interrupt.h"
+#include "client/plan_report.h"
+#include "client/progress.h"
+
+namespace pewter::client {
+
+namespace {
+
+void PrintResult(Output& out, const std::string& output, const Plan& plan,
+                 const Manifest& manifest) {
+  const double rate = manifest.seconds > 0 ? manifest.bytes_written / manifest.seconds : 0;
+  if (out.json()) {
+    out.Print({{"output", output},
+               {"method", plan.method},
+               {"device", plan.options.device},
+               {"tensors", plan.tensors.size()},
+               {"shards", plan.shards.size()},
+               {"shards_reused", manifest.shards_reused},
+               {"bytes_written", manifest.bytes_written},
+               {"seconds", manifest.seconds},
+               {"bytes_per_second", rate},
+               {"fingerprint", manifest.fingerprint},
+               {"warnings", manifest.warnings}});
+    return;
+  }
+  if (out.quiet()) {
+    out.Text(absl::StrCat(output, "\n"));
+    return;
+  }
+  const bool model = plan.config_file == "config.json";
+  std::string text = absl::StrCat(model ? "Merged into " : "Adapter in ", output, "\n  ",
+                                  FormatCount(plan.tensors.size(), model ? "tensor" : "module"),
+                                  " in ", FormatCount(plan.shards.size(), "file"), ", ",
+                                  FormatBytes(manifest.bytes_written), " in ",
+                                  FormatSeconds(manifest.seconds), " (", FormatRate(rate), ")");
+  if (manifest.shards_reused > 0) {
+    absl::StrAppend(&text, "; ", FormatCount(manifest.shards_reused, "finished file"),
+                    " of the interrupted run kept");
+  }
+  if (!manifest.warnings.empty()) {
+    absl::StrAppend(&text, "\n  ", FormatCount(manifest.warnings.size(), "warning"));
+  }
+  absl::StrAppend(&text, "\n\nNext:\n");
+  if (model && !plan.config_json.empty()) {
+    absl::StrAppend(&text,
+                    "  python3 -c \"from transformers import AutoModel; "
+                    "AutoModel.from_pretrained('",
+                    output, "')\"\n");
+  }
+  absl::StrAppend(&text, "  pewter inspect ", output, "\n");
+  out.Text(text);
+}
+
+}  // namespace
+
+void RunArguments::DeclareOutput(CLI::App& app, const std::string& name, const std::string& help) {
+  app.add_option(name, output, help)->required()->type_name(kPathType);
+}
+
+void RunArguments::Declare(CLI::App& app) {
+  CLI::Option* const resume_option =
+      app.add_flag("--resume", resume,
+                   "Continue an interrupted run of the same recipe, or start when there is none");
+  app.add_flag("--overwrite", overwrite, "Replace what is at OUT")->excludes(resume_option);
+  app.add_flag("--allow-nonfinite", allow_nonfinite, "Go on when an input holds NaN or infinity");
+  app.add_flag("--dry-run", dry_run, "Only show the plan, as pewter plan does");
+  // Not for users: the empty group leaves it out of the help.
+  app.add_flag("--no-hash", no_hash, "Leave out SHA-256, to measure what it costs")->group("");
+}
+
+absl::StatusOr<int> RunArguments::Run(const Plan& plan, Output& out) const {
+  if (dry_run) {
+    PrintPlan(out, plan, {});
+    return kExitDone;
+  }
+
+  ProgressDisplay progress(ChooseProgressStyle(out, stderr), /*print_warnings=*/!out.json(),
+                           stderr);
+  absl::StatusOr<Manifest> manifest;
+  {
+    Interrupt interrupt([&] {
+      if (!out.json()) progress.Say("interrupted; stopping (press Ctrl-C again to quit at once)");
+    });
+    manifest = RunPlan(plan, {.output = output,
+                              .mode = resume      ? OutputMode::kResume
+                                      : overwrite ? OutputMode::kOverwrite
+                                                  : OutputMode::kNew,
+                              .allow_nonfinite = allow_nonfinite,
+                              .hash_output = !no_hash,
+                              .stages = stages,
+                              .keep_stages = keep_stages,
+                              .observer = &progress,
+                              .stop = interrupt.token()});
+  }
+  progress.Finish();
+  if (absl::IsCancelled(manifest.status())) {
+    return absl::CancelledError(absl::StrCat("interrupted; what is finished stays in ", output,
+                                             ": the same command with --resume continues"));
+  }
+  if (!manifest.ok()) return manifest.status();
+  PrintResult(out, output, plan, *manifest);
+  return kExitDone;
+}
+
+}  // namespace pewter::client

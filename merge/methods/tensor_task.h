@@ -1,0 +1,46 @@
+// TensorTask: computes an output tensor, or several that belong together, from whole inputs.
+//
+// What a MergeMethod is for work that streams over tiles, a task is for work that must see all of
+// its inputs at once: decompositions. The plan holds its tasks, made with resolved parameters; the
+// engine runs one on one lane, within the memory that it states. Tasks are immutable.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "base/shape.h"
+#include "kernels/backend.h"
+
+namespace pewter {
+
+// What a task sees. Implemented by the engine.
+class TaskContext {
+ public:
+  virtual ~TaskContext() = default;
+
+  // The base's index, where the plan's tensor has one; inputs count from 0.
+  static constexpr int kBase = -1;
+
+  virtual kernels::Backend& backend() = 0;
+  virtual DType dtype(int operand) const = 0;
+  virtual const Shape& shape(int operand) const = 0;
+  // All elements of an operand, row-major, in its dtype, in the backend's memory (kHost: in the
+  // host's).
+  enum class Where { kBackend, kHost };
+  virtual absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) = 0;
+};
+
+class TensorTask {
+ public:
+  virtual ~TensorTask() = default;
+  virtual const char* name() const = 0;  // in plans
+  // The most memory that Run holds at a time, the loaded operands and `result` included.
+  virtual int64_t bytes() const = 0;
+  // Sets `result`: the elements of the plan's tensor, those of its parts one after the other.
+  virtual absl::Status Run(TaskContext& context, absl::Span<float> result) const = 0;
+};
+
+}  // namespace pewter

@@ -1,0 +1,92 @@
+#include "merge/plan/plan_steps.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/digest.h"
+#include "base/status.h"
+#include "kernels/backends.h"
+
+namespace pewter {
+namespace {
+
+// Part of the fingerprint: raised when the same recipe and inputs give other bytes.
+constexpr absl::string_view kPlanFormat = "pewter-plan-1";
+
+}  // namespace
+
+absl::Status ResolveOptions(PlanOptions& options) {
+  if (options.memory_bytes < 0 || options.threads < 0 || options.shard_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        "memory and threads must not be negative, and a shard needs at least one byte");
+  }
+  if (options.memory_bytes == 0) {
+    const int64_t ram = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+    options.memory_bytes = std::min(int64_t{4} << 30, ram / 4);
+  }
+  if (options.threads == 0) {
+    options.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
+  options.device = device.ToString();
+  return absl::OkStatus();
+}
+
+absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string>>& overrides,
+                            Plan& plan) {
+  Sha256 digest;
+  const auto add = [&](absl::string_view text) {
+    digest.Update(absl::StrCat(text.size(), ":"));
+    digest.Update(text);
+  };
+  const auto add_stat = [&](const ObjectStat& stat) {
+    if (stat.etag.empty()) {
+      add(absl::StrCat(stat.size, " ", stat.mtime_ns));
+    } else {
+      add(stat.etag);
+    }
+  };
+  const PlanOptions& options = plan.options;
+  add(kPlanFormat);
+  add(plan.recipe_text);
+  for (const auto& [key, value] : overrides) {
+    add(key);
+    add(value);
+  }
+  // Reductions of a GPU and of a CPU agree within a tolerance only.
+  add(options.device == "cpu" ? "cpu" : "gpu");
+  add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies,
+                   " ", options.shard_bytes, " ",
+                   options.copy_tokenizer, " ", options.write_model_card));
+  for (const InputFile& file : plan.files) {
+    add_stat(file.stat);
+    add(absl::StrCat(file.header_crc32c));
+  }
+  for (const PlanFile& file : plan.aux_files) {
+    add(file.name);
+    add(file.text);
+    if (file.model < 0) continue;
+    ASSIGN_OR_RETURN(const ObjectStat stat,
+                     plan.models[file.model].checkpoint->store().Stat(file.name));
+    add_stat(stat);
+  }
+  add(plan.config_json);
+  for (const PlanShard& shard : plan.shards) {
+    add(shard.file);
+    add(shard.header);
+  }
+  plan.fingerprint = digest.Finish();
+  return absl::OkStatus();
+}
+
+absl::Status CheckStrict(const Plan& plan) {
+  if (!plan.options.strict || plan.warnings.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan.warnings, "; ")));
+}
+
+}  // namespace pewter
