@@ -19,7 +19,7 @@
 #include "client/recipe_paths.h"
 #include "merge/checkpoint/architecture.h"
 #include "merge/checkpoint/checkpoint.h"
-#include "merge/checkpoint/safetensors.h"
+#include "merge/checkpoint/lora_adapter.h"
 #include "merge/recipe/recipe.h"
 #include "store/object_store.h"
 
@@ -29,7 +29,6 @@ namespace {
 
 constexpr int64_t kMaxJsonBytes = 64 << 20;
 constexpr char kAdapterConfig[] = "adapter_config.json";
-constexpr char kAdapterWeights[] = "adapter_model.safetensors";
 constexpr char kManifest[] = "pewter_manifest.json";
 
 struct Arguments {
@@ -84,16 +83,14 @@ Json Pick(const Json& from, std::initializer_list<const char*> keys) {
   return picked;
 }
 
-absl::StatusOr<Findings> InspectAdapter(ObjectStore& store, const Json& config) {
+absl::StatusOr<Findings> InspectAdapter(std::shared_ptr<ObjectStore> store, const Json& config) {
   Findings found{.kind = "adapter"};
   found.config = Pick(config, {"peft_type", "base_model_name_or_path", "r", "lora_alpha",
                                "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern",
                                "alpha_pattern", "target_modules", "modules_to_save"});
-  ASSIGN_OR_RETURN(const ObjectStat stat, store.Stat(kAdapterWeights));
-  ASSIGN_OR_RETURN(SafetensorsHeader header,
-                   ReadSafetensorsHeader(store, kAdapterWeights, stat.size));
-  found.files.push_back({store.Describe(kAdapterWeights), stat.size});
-  found.tensors = std::move(header.tensors);
+  ASSIGN_OR_RETURN(TensorFile weights, ReadAdapterWeights(std::move(store)));
+  found.files.push_back({weights.file.Describe(), weights.file.stat.size});
+  found.tensors = std::move(weights.tensors);
   std::sort(found.tensors.begin(), found.tensors.end(),
             [](const TensorInfo& a, const TensorInfo& b) { return a.name < b.name; });
   return found;
@@ -140,7 +137,7 @@ absl::StatusOr<Findings> Inspect(absl::string_view text) {
         OpenStore(ref.revision.empty() ? folder : absl::StrCat(folder, "@", ref.revision));
     if (store.ok()) {
       const absl::StatusOr<Json> config = ReadJson(**store, kAdapterConfig);
-      if (config.ok()) return InspectAdapter(**store, *config);
+      if (config.ok()) return InspectAdapter(*store, *config);
     }
   }
   return InspectModel(ref);
@@ -276,7 +273,8 @@ absl::StatusOr<int> RunInspect(const Arguments& arguments, Output& out) {
 CommandBody DeclareInspect(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   app.add_option("model", arguments->model,
-                 "Model or adapter: a folder, a .safetensors file, hf://ORG/NAME, MODEL+ADAPTER")
+                 "Model or adapter: a folder, a .safetensors, .bin, .pt or .pth file, "
+                 "hf://ORG/NAME, MODEL+ADAPTER")
       ->required()
       ->type_name(kModelType);
   app.add_flag("-t,--tensors", arguments->tensors, "List the tensors");

@@ -84,6 +84,9 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Out
   options.set_strict(plan.strict);
   options.set_allow_mixed(plan.allow_mixed);
   options.set_truncate_vocabularies(plan.truncate_vocabularies);
+  options.set_raw_names(plan.raw_names == RawNames::kIntersection ? v1::RAW_NAMES_INTERSECTION
+                        : plan.raw_names == RawNames::kUnion      ? v1::RAW_NAMES_UNION
+                                                                  : v1::RAW_NAMES_UNSPECIFIED);
   options.set_omit_tokenizer(!plan.copy_tokenizer);
   options.set_omit_model_card(!plan.write_model_card);
   return request;

@@ -112,31 +112,41 @@ std::string RecipeArguments::NameFile(absl::string_view message) const {
   return absl::StrCat(path == "-" ? "standard input" : path, ":", message);
 }
 
-void PlanArguments::Declare(CLI::App& app) {
-  constexpr char kGroup[] = "Resources";
-  app.add_option("--device", device,
-                 "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
-      ->type_name("DEVICE")
-      ->capture_default_str()
-      ->group(kGroup);
+constexpr char kResources[] = "Resources";
+constexpr char kResult[] = "Result";
+
+void PlanArguments::DeclareCopy(CLI::App& app) {
   app.add_option("--memory", memory,
                  "Most memory to use, as in 4GiB; default: 4 GiB or a quarter of RAM, the smaller")
       ->type_name("BYTES")
       ->check(IsByteCount())
-      ->group(kGroup);
+      ->group(kResources);
   app.add_option("-j,--threads", threads, "Threads; default: one for each core")
       ->type_name("N")
       ->check(InRange(1, 4096))
-      ->group(kGroup);
-  constexpr char kResult[] = "Result";
-  app.add_option("--seed,--random-seed", seed, "Seed of methods that draw random masks")
-      ->type_name("N")
-      ->capture_default_str()
-      ->group(kResult);
+      ->group(kResources);
   app.add_option("--shard-size", shard_size,
                  "Most bytes of weights in one output file; default: 5GB")
       ->type_name("BYTES")
       ->check(IsByteCount())
+      ->group(kResult);
+  app.add_flag("--strict", strict, "Take warnings as errors")->group(kResult);
+  app.add_flag_callback(
+         "--no-copy-tokenizer", [this] { copy_tokenizer = false; },
+         "Leave out the tokenizer's files")
+      ->group(kResult);
+}
+
+void PlanArguments::Declare(CLI::App& app) {
+  app.add_option("--device", device,
+                 "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
+      ->type_name("DEVICE")
+      ->capture_default_str()
+      ->group(kResources);
+  DeclareCopy(app);
+  app.add_option("--seed,--random-seed", seed, "Seed of methods that draw random masks")
+      ->type_name("N")
+      ->capture_default_str()
       ->group(kResult);
   app.add_flag("--allow-crimes", allow_crimes, "Let the architectures of the models differ")
       ->group(kResult);
@@ -144,10 +154,13 @@ void PlanArguments::Declare(CLI::App& app) {
                "Cut vocabularies of different size to the rows that all models have, whatever "
                "tokens these stand for")
       ->group(kResult);
-  app.add_flag("--strict", strict, "Take warnings as errors")->group(kResult);
-  app.add_flag_callback(
-         "--no-copy-tokenizer", [this] { copy_tokenizer = false; },
-         "Leave out the tokenizer's files")
+  CLI::Option* intersection =
+      app.add_flag("-i,--tensor-intersection", tensor_intersection,
+                   "Raw checkpoints: merge the tensors that all of them have, leave out the others")
+          ->group(kResult);
+  app.add_flag("-u,--tensor-union", tensor_union,
+               "Raw checkpoints: merge every tensor, each from those that have it")
+      ->excludes(intersection)
       ->group(kResult);
   app.add_flag_callback(
          "--no-write-model-card", [this] { write_model_card = false; }, "Leave out README.md")
@@ -161,6 +174,9 @@ absl::StatusOr<PlanOptions> PlanArguments::ToOptions() const {
                       .strict = strict,
                       .allow_mixed = allow_crimes,
                       .truncate_vocabularies = truncate_embeddings,
+                      .raw_names = tensor_intersection ? RawNames::kIntersection
+                                   : tensor_union      ? RawNames::kUnion
+                                                       : RawNames::kSame,
                       .copy_tokenizer = copy_tokenizer,
                       .write_model_card = write_model_card};
   if (!memory.empty()) {

@@ -42,11 +42,15 @@ struct PlanArguments {
   uint64_t seed = 0;
   bool allow_crimes = false;
   bool truncate_embeddings = false;
+  bool tensor_intersection = false;
+  bool tensor_union = false;
   bool strict = false;
   bool copy_tokenizer = true;
   bool write_model_card = true;
 
   void Declare(CLI::App& app);
+  // Those of them that a copy of one model has a use for.
+  void DeclareCopy(CLI::App& app);
   absl::StatusOr<PlanOptions> ToOptions() const;
   // Reads and plans the recipe; prints the plan's warnings.
   absl::StatusOr<Plan> MakePlanOf(const RecipeArguments& recipe, Output& out) const;

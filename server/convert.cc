@@ -153,6 +153,16 @@ PlanOptions ToPlanOptions(const v1::MergeOptions& options) {
   result.strict = options.strict();
   result.allow_mixed = options.allow_mixed();
   result.truncate_vocabularies = options.truncate_vocabularies();
+  switch (options.raw_names()) {
+    case v1::RAW_NAMES_INTERSECTION:
+      result.raw_names = RawNames::kIntersection;
+      break;
+    case v1::RAW_NAMES_UNION:
+      result.raw_names = RawNames::kUnion;
+      break;
+    default:
+      break;
+  }
   if (options.shard_bytes() != 0) result.shard_bytes = options.shard_bytes();
   result.copy_tokenizer = !options.omit_tokenizer();
   result.write_model_card = !options.omit_model_card();

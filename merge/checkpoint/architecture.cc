@@ -17,12 +17,14 @@ namespace {
 
 using nlohmann::json;
 
-// One module whose tensors are all names.
-absl::StatusOr<ArchitecturePtr> RawArchitecture(Models models) {
+// One module whose tensors are the names that `naming` asks for.
+absl::StatusOr<ArchitecturePtr> RawArchitecture(Models models, const RawNaming& naming) {
   std::set<std::string> all;
   for (const auto& model : models) {
+    if (model.get() == naming.base) continue;
     all.insert(model->tensor_names().begin(), model->tensor_names().end());
   }
+  std::set<std::string> partial;  // names that a model lacks
   std::vector<std::string> missing;
   for (const auto& model : models) {
     std::vector<std::string> names;
@@ -30,6 +32,7 @@ absl::StatusOr<ArchitecturePtr> RawArchitecture(Models models) {
       if (model->Find(name) == nullptr) names.push_back(name);
     }
     if (names.empty()) continue;
+    partial.insert(names.begin(), names.end());
     const size_t count = names.size();
     constexpr size_t kShown = 5;
     if (count > kShown) names.resize(kShown);
@@ -37,13 +40,18 @@ absl::StatusOr<ArchitecturePtr> RawArchitecture(Models models) {
         model->ref().ToString(), " lacks ", absl::StrJoin(names, ", "),
         count > kShown ? absl::StrCat(" and ", count - kShown, " more") : std::string()));
   }
-  if (!missing.empty()) {
+  if (!missing.empty() && naming.names == RawNames::kSame) {
     return absl::FailedPreconditionError(
         absl::StrCat("raw checkpoints are merged name by name, and their names differ: ",
-                     absl::StrJoin(missing, "; ")));
+                     absl::StrJoin(missing, "; "),
+                     ". --tensor-intersection merges the names that all have, --tensor-union all"));
   }
   auto module = std::make_unique<ModuleData>();
-  for (const std::string& name : all) module->pre_.push_back({.name = name});
+  for (const std::string& name : all) {
+    const bool optional = partial.contains(name);
+    if (optional && naming.names == RawNames::kIntersection) continue;
+    module->pre_.push_back({.name = name, .optional = optional});
+  }
   auto architecture = std::make_shared<ArchitectureData>();
   architecture->name_ = "raw";
   architecture->modules_.push_back(std::move(module));
@@ -65,7 +73,8 @@ absl::StatusOr<std::string> ArchitectureName(const Checkpoint& model, const json
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(Models inputs,
-                                                                        bool allow_mixed) {
+                                                                        bool allow_mixed,
+                                                                        const RawNaming& raw) {
   if (inputs.empty()) return absl::InvalidArgumentError("no models");
   for (const auto& model : inputs) {
     if (model->raw() != inputs[0]->raw()) {
@@ -75,7 +84,7 @@ absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(Models i
           "; raw checkpoints merge with raw checkpoints only"));
     }
   }
-  if (inputs[0]->raw()) return RawArchitecture(inputs);
+  if (inputs[0]->raw()) return RawArchitecture(inputs, raw);
 
   std::vector<json> configs;
   std::vector<std::string> names;
@@ -104,6 +113,17 @@ absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(Models i
     return InferArchitecture(inputs, configs);
   }
   return MakeKnown(*known[0], inputs);
+}
+
+std::shared_ptr<const Architecture> NameByName(const Architecture& family,
+                                               const Checkpoint& model) {
+  auto module = std::make_unique<ModuleData>();
+  for (const std::string& name : model.tensor_names()) module->pre_.push_back({.name = name});
+  auto architecture = std::make_shared<ArchitectureData>();
+  architecture->name_ = family.name();
+  architecture->tagalong_files_ = family.tagalong_files();
+  architecture->modules_.push_back(std::move(module));
+  return architecture;
 }
 
 }  // namespace pewter

@@ -58,10 +58,27 @@ class Architecture {
   virtual const std::vector<std::string>& tagalong_files() const = 0;
 };
 
+// Which of the names of raw checkpoints are merged.
+enum class RawNames {
+  kSame,          // all; every checkpoint must have them
+  kIntersection,  // those that every checkpoint has
+  kUnion,         // all, each from the checkpoints that have it
+};
+struct RawNaming {
+  RawNames names = RawNames::kSame;
+  // Null, or an input whose own names are not merged: a base that the recipe does not list.
+  const Checkpoint* base = nullptr;
+};
+
 // The architecture that all inputs share, with as many experts as they have. FailedPrecondition
 // when they differ (unless `allow_mixed`, then the first's), naming both. Raw checkpoints: one
-// module whose pre() are all names; the inputs' names must be equal.
+// module whose pre() are the names that `raw` asks for.
 absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(
-    absl::Span<const std::shared_ptr<const Checkpoint>> inputs, bool allow_mixed);
+    absl::Span<const std::shared_ptr<const Checkpoint>> inputs, bool allow_mixed,
+    const RawNaming& raw = {});
+
+// `family`, but with all of the model's tensors, name by name: nothing that the family does not
+// know is left out.
+std::shared_ptr<const Architecture> NameByName(const Architecture& family, const Checkpoint& model);
 
 }  // namespace pewter

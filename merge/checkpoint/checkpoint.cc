@@ -7,6 +7,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "base/status.h"
 #include "merge/checkpoint/lora_adapter.h"
@@ -21,16 +22,17 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr absl::string_view kConfig = "config.json";
-constexpr absl::string_view kSingle = "model.safetensors";
-constexpr absl::string_view kIndex = "model.safetensors.index.json";
-constexpr absl::string_view kExtension = ".safetensors";
+constexpr absl::string_view kIndexEnding = ".index.json";
+// Names of a whole model's weights, the ones that are looked for first at the front. Each may be an
+// index of shards instead.
+constexpr absl::string_view kWeights[] = {"model.safetensors", "pytorch_model.bin"};
 constexpr int64_t kMaxConfigBytes = int64_t{16} << 20;
 constexpr int64_t kMaxIndexBytes = 100'000'000;
 
 // Where a model or an adapter lies.
 struct Location {
   std::shared_ptr<ObjectStore> store;
-  std::string file;  // of a bare .safetensors file; else empty: a folder
+  std::string file;  // of a bare file of tensors; else empty: a folder
 };
 
 absl::StatusOr<Location> LocateFile(const std::string& path) {
@@ -46,9 +48,9 @@ absl::StatusOr<Location> LocateFile(const std::string& path) {
     }
     return absl::NotFoundError(absl::StrCat(path, " does not exist"));
   }
-  if (!absl::EndsWith(path, kExtension)) {
+  if (!IsTensorFile(path)) {
     return absl::FailedPreconditionError(
-        absl::StrCat(path, " is neither a folder nor a .safetensors file"));
+        absl::StrCat(path, " is neither a folder nor a .safetensors, .bin, .pt or .pth file"));
   }
   const fs::path file(path);
   const std::string folder = file.parent_path().string();
@@ -101,27 +103,27 @@ absl::StatusOr<bool> Exists(ObjectStore& store, absl::string_view key) {
   return true;
 }
 
-// Why a Hugging Face folder has no weights that can be read.
-absl::Status NoWeights(ObjectStore& store, const std::vector<ObjectEntry>& entries) {
+// Why a folder has no weights that can be read.
+absl::Status NoWeights(ObjectStore& store, const std::vector<ObjectEntry>& entries,
+                       bool has_config) {
   const std::string folder = store.Describe("");
+  const std::string wanted = absl::StrCat(absl::StrJoin(kWeights, " nor "));
   for (const ObjectEntry& entry : entries) {
-    if (absl::EndsWith(entry.key, ".bin") || absl::EndsWith(entry.key, ".bin.index.json") ||
-        absl::EndsWith(entry.key, ".pt") || absl::EndsWith(entry.key, ".pth")) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          folder, " has only ", Printable(entry.key),
-          ": pickle checkpoints are not read, as they can run code; convert it to safetensors"));
-    }
+    if (!IsTensorFile(entry.key)) continue;
+    return absl::FailedPreconditionError(absl::StrCat(
+        folder, " has neither ", wanted, ", but ", Printable(entry.key),
+        store.Stat("adapter_config.json").ok() ? ": it is an adapter; write it as BASE+ADAPTER"
+        : has_config                           ? ": the index of its shards is missing"
+                                               : ": name the file itself to merge it"));
   }
-  for (const ObjectEntry& entry : entries) {
-    if (absl::EndsWith(entry.key, kExtension)) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          folder, " has neither ", kSingle, " nor ", kIndex, ", but ", Printable(entry.key),
-          store.Stat("adapter_config.json").ok() ? ": it is an adapter; write it as BASE+ADAPTER"
-                                                 : ": the index of its shards is missing"));
-    }
+  if (!has_config) {
+    return absl::NotFoundError(
+        absl::StrCat(folder,
+                     " is not a checkpoint: it has no config.json, no .safetensors files "
+                     "and no pytorch_model.bin"));
   }
   return absl::FailedPreconditionError(
-      absl::StrCat(folder, " has no weights: neither ", kSingle, " nor ", kIndex));
+      absl::StrCat(folder, " has no weights: neither ", wanted, " nor an index of shards"));
 }
 
 class OpenedCheckpoint final : public Checkpoint {
@@ -153,6 +155,7 @@ class OpenedCheckpoint final : public Checkpoint {
   ObjectStore& store() const override { return *store_; }
   bool raw() const override { return raw_; }
   const std::string& config_json() const override { return config_json_; }
+  const std::vector<std::string>& warnings() const override { return warnings_; }
   const std::vector<InputFile>& files() const override { return files_; }
   const std::vector<std::string>& tensor_names() const override { return names_; }
 
@@ -195,30 +198,39 @@ class OpenedCheckpoint final : public Checkpoint {
 
   absl::Status OpenFolder() {
     ASSIGN_OR_RETURN(const bool has_config, Exists(*store_, kConfig));
-    ASSIGN_OR_RETURN(const bool has_index, Exists(*store_, kIndex));
     raw_ = !has_config;
     if (has_config) {
       ASSIGN_OR_RETURN(config_json_, ReadText(*store_, kConfig, kMaxConfigBytes));
     }
-    if (has_index) return OpenIndexed();
+    for (absl::string_view weights : kWeights) {
+      const std::string index = absl::StrCat(weights, kIndexEnding);
+      ASSIGN_OR_RETURN(const bool has_index, Exists(*store_, index));
+      if (has_index) return OpenIndexed(index);
+      // A folder of safetensors without config.json is all of them.
+      if (!has_config && weights == kWeights[0]) {
+        RETURN_IF_ERROR(AddSafetensors());
+        if (!files_.empty()) return absl::OkStatus();
+        continue;
+      }
+      ASSIGN_OR_RETURN(const bool has_weights, Exists(*store_, weights));
+      if (has_weights) return AddFile(std::string(weights));
+    }
     ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, store_->List(""));
-    if (has_config) {
-      ASSIGN_OR_RETURN(const bool has_weights, Exists(*store_, kSingle));
-      return has_weights ? AddFile(std::string(kSingle)) : NoWeights(*store_, entries);
-    }
-    for (const ObjectEntry& entry : entries) {
-      if (!absl::EndsWith(entry.key, kExtension) || absl::StrContains(entry.key, '/')) continue;
-      RETURN_IF_ERROR(AddFile(entry.key));
-    }
-    if (!files_.empty()) return absl::OkStatus();
-    return absl::NotFoundError(
-        absl::StrCat(store_->Describe(""),
-                     " is not a checkpoint: it has neither config.json nor .safetensors files"));
+    return NoWeights(*store_, entries, has_config);
   }
 
-  absl::Status OpenIndexed() {
-    const std::string index_file = store_->Describe(kIndex);
-    ASSIGN_OR_RETURN(const std::string text, ReadText(*store_, kIndex, kMaxIndexBytes));
+  absl::Status AddSafetensors() {
+    ASSIGN_OR_RETURN(const std::vector<ObjectEntry> entries, store_->List(""));
+    for (const ObjectEntry& entry : entries) {
+      if (!absl::EndsWith(entry.key, ".safetensors") || absl::StrContains(entry.key, '/')) continue;
+      RETURN_IF_ERROR(AddFile(entry.key));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenIndexed(const std::string& index_key) {
+    const std::string index_file = store_->Describe(index_key);
+    ASSIGN_OR_RETURN(const std::string text, ReadText(*store_, index_key, kMaxIndexBytes));
     const absl::StatusOr<ShardIndex> index = ParseShardIndex(text);
     if (!index.ok()) return Annotate(index.status(), index_file);
     std::map<std::string, int> shards;  // file -> index into files_
@@ -247,23 +259,19 @@ class OpenedCheckpoint final : public Checkpoint {
       if (!index->file_of.contains(tensor)) {
         return absl::FailedPreconditionError(absl::StrCat(files_[stored.file].Describe(),
                                                           ": tensor ", Printable(tensor),
-                                                          " is not in the index ", kIndex));
+                                                          " is not in the index ", index_key));
       }
     }
     return absl::OkStatus();
   }
 
   absl::Status AddFile(const std::string& key) {
-    ASSIGN_OR_RETURN(const ObjectStat stat, store_->Stat(key));
-    ASSIGN_OR_RETURN(SafetensorsHeader header, ReadSafetensorsHeader(*store_, key, stat.size));
+    ASSIGN_OR_RETURN(TensorFile opened, ReadTensorFile(store_, key));
     const int file = static_cast<int>(files_.size());
-    files_.push_back({.store = store_,
-                      .key = key,
-                      .stat = stat,
-                      .header_crc32c = header.crc32c,
-                      .data_begin = header.data_begin});
-    tensors_.reserve(tensors_.size() + header.tensors.size());
-    for (TensorInfo& info : header.tensors) {
+    files_.push_back(std::move(opened.file));
+    warnings_.insert(warnings_.end(), opened.warnings.begin(), opened.warnings.end());
+    tensors_.reserve(tensors_.size() + opened.tensors.size());
+    for (TensorInfo& info : opened.tensors) {
       std::string tensor = info.name;
       const auto [entry, added] = tensors_.try_emplace(
           std::move(tensor), StoredTensor{.file = file, .info = std::move(info)});
@@ -285,6 +293,7 @@ class OpenedCheckpoint final : public Checkpoint {
                      LoraAdapter::Open(location.store, absl::StrCat("adapter ", ref_.adapter),
                                        [&](absl::string_view tensor) { return Find(tensor); }));
     files_.push_back(adapter_->file());
+    warnings_.insert(warnings_.end(), adapter_->warnings().begin(), adapter_->warnings().end());
     return absl::OkStatus();
   }
 
@@ -293,6 +302,7 @@ class OpenedCheckpoint final : public Checkpoint {
   std::shared_ptr<ObjectStore> store_;
   bool raw_ = true;
   std::string config_json_;
+  std::vector<std::string> warnings_;
   std::vector<InputFile> files_;
   absl::flat_hash_map<std::string, StoredTensor> tensors_;
   std::vector<std::string> names_;

@@ -1,10 +1,10 @@
 // Checkpoint: an opened model. Headers and small JSON only; tensor bytes are read through
 // TensorSource.
 //
-// Kinds: a Hugging Face folder (config.json, model.safetensors or model.safetensors.index.json with
-// its shards), or a raw checkpoint (one .safetensors file, or a folder of them without
-// config.json). An adapter (PEFT LoRA) makes the tensors it touches views. Shared between threads
-// once opened.
+// Kinds: a Hugging Face folder (config.json; model.safetensors, or model.safetensors.index.json
+// with its shards; else pytorch_model.bin likewise), or a raw checkpoint (one .safetensors, .bin,
+// .pt or .pth file, or a folder without config.json). An adapter (PEFT LoRA) makes the tensors it
+// touches views. Shared between threads once opened.
 #pragma once
 
 #include <cstdint>
@@ -15,22 +15,12 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "merge/checkpoint/safetensors.h"
+#include "merge/checkpoint/tensor_file.h"
 #include "merge/checkpoint/tensor_source.h"
 #include "merge/recipe/recipe.h"
 #include "store/object_store.h"
 
 namespace pewter {
-
-// A file that tensors are read from, with what identifies it.
-struct InputFile {
-  std::shared_ptr<ObjectStore> store;
-  std::string key;
-  ObjectStat stat;
-  uint32_t header_crc32c = 0;
-  int64_t data_begin = 0;
-  std::string Describe() const { return store->Describe(key); }
-};
 
 class Checkpoint {
  public:
@@ -49,6 +39,8 @@ class Checkpoint {
   virtual bool raw() const = 0;
   // config.json's text; empty for a raw checkpoint.
   virtual const std::string& config_json() const = 0;
+  // What was left out while opening.
+  virtual const std::vector<std::string>& warnings() const = 0;
   // Files in a fixed order, the adapter's last.
   virtual const std::vector<InputFile>& files() const = 0;
   // Names of the model's tensors, sorted (adapter tensors are not among them).

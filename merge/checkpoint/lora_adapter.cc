@@ -26,6 +26,7 @@ namespace {
 
 constexpr absl::string_view kConfig = "adapter_config.json";
 constexpr absl::string_view kWeights = "adapter_model.safetensors";
+constexpr absl::string_view kTorchWeights = "adapter_model.bin";
 constexpr int64_t kMaxConfigBytes = int64_t{256} << 10;
 
 // A model that was wrapped by a head or saved without it has or lacks one of these.
@@ -346,6 +347,14 @@ class LoraAdapter::View final : public TensorSource {
   mutable std::weak_ptr<const LowRankProduct> product_;  // guarded by mutex_
 };
 
+absl::StatusOr<TensorFile> ReadAdapterWeights(std::shared_ptr<ObjectStore> store) {
+  absl::StatusOr<TensorFile> weights = ReadTensorFile(store, kWeights);
+  if (absl::IsNotFound(weights.status()) && store->Stat(kTorchWeights).ok()) {
+    return ReadTensorFile(store, kTorchWeights);
+  }
+  return weights;
+}
+
 absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
     std::shared_ptr<ObjectStore> store, std::string name,
     absl::FunctionRef<const TensorInfo*(absl::string_view)> find) {
@@ -359,22 +368,11 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
   if (!config.ok()) return Annotate(config.status(), store->Describe(kConfig));
 
   std::shared_ptr<LoraAdapter> adapter(new LoraAdapter);
-  const absl::StatusOr<ObjectStat> stat = store->Stat(kWeights);
-  if (absl::IsNotFound(stat.status()) && store->Stat("adapter_model.bin").ok()) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(store->Describe("adapter_model.bin"),
-                     " is a pickle, which is not read; convert the adapter to safetensors"));
-  }
-  RETURN_IF_ERROR(stat.status());
-  ASSIGN_OR_RETURN(const SafetensorsHeader header,
-                   ReadSafetensorsHeader(*store, kWeights, stat->size));
-  adapter->file_ = {.store = store,
-                    .key = std::string(kWeights),
-                    .stat = *stat,
-                    .header_crc32c = header.crc32c,
-                    .data_begin = header.data_begin};
-  adapter->factors_ = std::make_shared<Factors>(store, std::string(kWeights), std::move(name));
-  const std::string file = store->Describe(kWeights);
+  ASSIGN_OR_RETURN(const TensorFile opened, ReadAdapterWeights(store));
+  adapter->file_ = opened.file;
+  adapter->warnings_ = opened.warnings;
+  adapter->factors_ = std::make_shared<Factors>(store, opened.file.key, std::move(name));
+  const std::string file = opened.file.Describe();
 
   struct Pair {
     const TensorInfo* a = nullptr;
@@ -383,7 +381,7 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
   };
   std::map<std::string, Pair> pairs;  // by module
   std::vector<const TensorInfo*> without_target;
-  for (const TensorInfo& tensor : header.tensors) {
+  for (const TensorInfo& tensor : opened.tensors) {
     const std::string where = absl::StrCat(file, ", tensor ", Printable(tensor.name));
     const absl::StatusOr<AdapterTensor> classified = Classify(tensor.name);
     if (!classified.ok()) return Annotate(classified.status(), where);

@@ -1,7 +1,8 @@
 // LoraAdapter: a PEFT LoRA adapter, opened against the tensors of a model.
 //
 //   adapter_config.json           peft_type, r, lora_alpha, use_rslora, rank_pattern, ...
-//   adapter_model.safetensors     base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight
+//   adapter_model.safetensors, or adapter_model.bin of torch.save:
+//                                 base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight
 //                                 [out, r], .lora_embedding_A [r, tokens], .lora_embedding_B [dim,
 //                                 r], base_model.model.TENSOR: replaces the model's
 //                                 (modules_to_save, bias); MODULE.lora_B.bias [out] is added to
@@ -16,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/functional/function_ref.h"
@@ -28,6 +30,9 @@
 
 namespace pewter {
 
+// The file of an adapter's weights: adapter_model.safetensors, else adapter_model.bin.
+absl::StatusOr<TensorFile> ReadAdapterWeights(std::shared_ptr<ObjectStore> store);
+
 class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
  public:
   // `find` gives the model's tensors (null when there is no such tensor). `name` is for messages.
@@ -36,6 +41,7 @@ class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
       absl::FunctionRef<const TensorInfo*(absl::string_view)> find);
 
   const InputFile& file() const { return file_; }
+  const std::vector<std::string>& warnings() const { return warnings_; }
   bool Changes(absl::string_view tensor) const { return changes_.contains(tensor); }
   // A view of `stored`, which is the model's tensor that Changes() is true for. `file` is the index
   // of the adapter's file for a ReadObserver.
@@ -69,6 +75,7 @@ class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
 
   std::string name_;
   InputFile file_;
+  std::vector<std::string> warnings_;
   absl::flat_hash_map<std::string, Change> changes_;  // by the model's tensor
   std::shared_ptr<Factors> factors_;
 };

@@ -28,6 +28,9 @@ struct TensorInfo {
   Shape shape;
   int64_t offset = 0;  // from the start of the file
   int64_t bytes = 0;
+  // Elements from one index to the next, by axis, where the tensor does not lie in row-major order;
+  // else empty, as always in safetensors.
+  std::vector<int64_t> strides = {};
 };
 
 struct SafetensorsHeader {

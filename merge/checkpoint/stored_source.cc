@@ -1,9 +1,11 @@
 #include "merge/checkpoint/stored_source.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "merge/checkpoint/strided.h"
 
 namespace pewter {
 
@@ -29,12 +31,27 @@ StoredSource::StoredSource(std::shared_ptr<ObjectStore> store, std::string key, 
 absl::Status StoredSource::Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                                 ReadObserver* observer) const {
   RETURN_IF_ERROR(CheckReadRange(*this, first, count, out.size()));
-  const int64_t offset = info_.offset + first * ByteWidth(info_.dtype);
-  if (absl::Status read = store_->ReadInto(key_, offset, out); !read.ok()) {
-    return Annotate(read, name_);
+  const auto read = [&](int64_t offset, absl::Span<std::byte> bytes) {
+    return Annotate(store_->ReadInto(key_, offset, bytes), name_);
+  };
+  if (info_.strides.empty()) {
+    const int64_t offset = info_.offset + first * ByteWidth(info_.dtype);
+    RETURN_IF_ERROR(read(offset, out));
+    if (observer != nullptr) observer->OnRead(file_, offset, out);
+    return absl::OkStatus();
   }
-  if (observer != nullptr) observer->OnRead(file_, offset, out);
-  return absl::OkStatus();
+  return ReadStrided(
+      info_, first, count, out, [&](int64_t offset, absl::Span<std::byte> bytes) -> absl::Status {
+        RETURN_IF_ERROR(read(offset, bytes));
+        while (observer != nullptr && !bytes.empty()) {
+          const int64_t block = std::min<int64_t>(static_cast<int64_t>(bytes.size()),
+                                                  kStridedBlock - offset % kStridedBlock);
+          observer->OnRead(file_, offset, bytes.first(block));
+          offset += block;
+          bytes.remove_prefix(block);
+        }
+        return absl::OkStatus();
+      });
 }
 
 }  // namespace pewter

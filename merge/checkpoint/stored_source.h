@@ -1,4 +1,4 @@
-// StoredSource: a tensor as it lies in a safetensors file.
+// StoredSource: a tensor as it lies in a file.
 #pragma once
 
 #include <memory>

@@ -29,7 +29,9 @@ ordered_json InputsJson(const Plan& plan, const std::map<int, ShardRecord>& shar
   std::vector<ReadRange> ranges;
   for (size_t i = 0; i < plan.files.size(); ++i) {
     const InputFile& file = plan.files[i];
-    ranges.push_back({static_cast<int>(i), 0, file.data_begin, file.header_crc32c});
+    for (const HeaderRange& range : file.header) {
+      ranges.push_back({static_cast<int>(i), range.offset, range.bytes, range.crc32c});
+    }
   }
   for (const auto& [index, shard] : shards) {
     ranges.insert(ranges.end(), shard.ranges.begin(), shard.ranges.end());

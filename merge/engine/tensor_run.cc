@@ -105,6 +105,11 @@ absl::Status TensorRun::ReadAudited(int operand, int64_t first, int64_t count, v
   std::vector<ReadRange> ranges = audit.Take();
   std::lock_guard lock(mutex_);
   ranges_.insert(ranges_.end(), ranges.begin(), ranges.end());
+  // Tensors that do not lie in row-major order are read in many small pieces.
+  if (ranges_.size() >= join_at_) {
+    ranges_ = JoinRanges(std::move(ranges_));
+    join_at_ = std::max(kMostRanges, 2 * ranges_.size());
+  }
   return absl::OkStatus();
 }
 

@@ -104,6 +104,8 @@ class TensorRun : public MethodContext {
   // A tile of the result in host memory, in `from`, goes to the output in the output's dtype.
   absl::Status Emit(const Tile& tile, PooledBuffer result, DType from);
 
+  static constexpr size_t kMostRanges = 4096;  // that are not joined yet
+
   const PlanTensor& tensor_;
   const int64_t order_;
   Environment& environment_;
@@ -111,6 +113,7 @@ class TensorRun : public MethodContext {
   std::vector<char> audited_;  // by operand + 1
   std::mutex mutex_;
   std::vector<ReadRange> ranges_;      // guarded by mutex_
+  size_t join_at_ = kMostRanges;       // size of `ranges_`; guarded by mutex_
   std::vector<std::string> warnings_;  // guarded by mutex_
   std::vector<char> reported_;         // by operand + 1; guarded by mutex_
 };

@@ -113,6 +113,9 @@ class Planner {
                             .file_base = static_cast<int>(plan_.files.size())});
     plan_.files.insert(plan_.files.end(), (*checkpoint)->files().begin(),
                        (*checkpoint)->files().end());
+    for (const std::string& warning : (*checkpoint)->warnings()) {
+      plan_.warnings.push_back(absl::StrCat("model ", name, ": ", warning));
+    }
     return absl::OkStatus();
   }
 
@@ -127,6 +130,7 @@ class Planner {
         for (const RecipeSource& source : slice.sources) RETURN_IF_ERROR(OpenModel(source.model));
       }
     }
+    listed_models_ = static_cast<int>(plan_.models.size());
     if (recipe_.base_model) RETURN_IF_ERROR(OpenModel(*recipe_.base_model));
     for (const RecipeModule& module : recipe_.modules) {
       for (const RecipeSlice& slice : module.slices) {
@@ -152,7 +156,11 @@ class Planner {
     // The donor comes first: with allow_mixed its layout is used for all.
     std::vector<std::shared_ptr<const Checkpoint>> inputs = Inputs();
     std::rotate(inputs.begin(), inputs.begin() + donor_, inputs.begin() + donor_ + 1);
-    ASSIGN_OR_RETURN(architecture_, ResolveArchitecture(inputs, plan_.options.allow_mixed));
+    const Checkpoint* unlisted = base_ >= listed_models_ ? &Model(base_) : nullptr;
+    ASSIGN_OR_RETURN(architecture_,
+                     ResolveArchitecture(inputs, plan_.options.allow_mixed,
+                                         {.names = plan_.options.raw_names, .base = unlisted}));
+    if (plan_.options.name_by_name) architecture_ = NameByName(*architecture_, Model(donor_));
     plan_.architecture = architecture_->name();
     return absl::OkStatus();
   }
@@ -838,7 +846,8 @@ class Planner {
   Plan plan_;
   const MergeMethod* method_ = nullptr;
   absl::flat_hash_map<std::string, int> model_index_;
-  int input_models_ = 0;  // plan_.models begins with these
+  int input_models_ = 0;   // plan_.models begins with these
+  int listed_models_ = 0;  // of these, the ones that are not there as a base alone
   int base_ = -1;
   int donor_ = 0;  // of config.json: the base, else the first listed
   int tokenizer_donor_ = 0;

@@ -29,6 +29,8 @@ struct PlanOptions {
   bool allow_mixed = false;  // architectures of inputs may differ (mergekit's --allow-crimes)
   bool truncate_vocabularies =
       false;  // to the fewest rows (mergekit's --unsafe-truncate-embeddings)
+  RawNames raw_names = RawNames::kSame;  // mergekit-pytorch's --tensor-intersection, --tensor-union
+  bool name_by_name = false;  // of a single model: all tensors, whatever its architecture knows
   int64_t shard_bytes =
       5'000'000'000;  // data bytes of an output shard; a larger tensor gets its own
   bool copy_tokenizer = true;

@@ -62,9 +62,10 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
   add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies,
                    " ", options.shard_bytes, " ",
                    options.copy_tokenizer, " ", options.write_model_card));
+  add(absl::StrCat(static_cast<int>(options.raw_names), " ", options.name_by_name));
   for (const InputFile& file : plan.files) {
     add_stat(file.stat);
-    add(absl::StrCat(file.header_crc32c));
+    for (const HeaderRange& range : file.header) add(absl::StrCat(range.crc32c));
   }
   for (const PlanFile& file : plan.aux_files) {
     add(file.name);

@@ -44,7 +44,11 @@ std::vector<Verdict> Verdicts() {
 
 class Attack : public ::testing::TestWithParam<Verdict> {};
 
+// What the attacks that run something would create (make_attacks.py).
+constexpr char kCanary[] = "/tmp/pewter_attack_canary";
+
 TEST_P(Attack, MeetsItsVerdict) {
+  fs::remove(kCanary);
   const fs::path path = Root() / GetParam().file;
   ASSERT_TRUE(fs::exists(path)) << path;
   ModelRef ref{.path = path.string()};
@@ -57,6 +61,7 @@ TEST_P(Attack, MeetsItsVerdict) {
   EXPECT_THAT(message, ::testing::HasSubstr(GetParam().message));
   EXPECT_TRUE(std::none_of(message.begin(), message.end(), absl::ascii_iscntrl)) << message;
   EXPECT_LT(message.size(), 1000u);
+  EXPECT_FALSE(fs::exists(kCanary)) << "it ran a command";
   if (!checkpoint.ok()) return;
   // What is accepted can be read.
   for (const std::string& name : (*checkpoint)->tensor_names()) {
@@ -76,7 +81,7 @@ INSTANTIATE_TEST_SUITE_P(Attacks, Attack, ::testing::ValuesIn(Verdicts()), [](co
 
 TEST(Attacks, EveryFileHasOneVerdict) {
   std::vector<std::string> files, rows;
-  for (const char* folder : {"files", "folders", "adapters"}) {
+  for (const char* folder : {"files", "folders", "adapters", "torch"}) {
     for (const auto& entry : fs::directory_iterator(Root() / folder)) {
       files.push_back(absl::StrCat(folder, "/", entry.path().filename().string()));
     }

@@ -5,44 +5,18 @@
 // read as a file, too.
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "absl/strings/string_view.h"
 #include "merge/checkpoint/safetensors.h"
 #include "merge/checkpoint/shard_index.h"
-#include "store/object_store.h"
+#include "tests/fuzz/memory_store.h"
 
 namespace {
 
-void Require(bool condition) {
-  if (!condition) abort();
-}
-
-// One object in memory.
-class MemoryStore final : public pewter::ObjectStore {
- public:
-  explicit MemoryStore(absl::string_view content) : content_(content) {}
-  absl::StatusOr<pewter::ObjectStat> Stat(absl::string_view) override {
-    return pewter::ObjectStat{.size = static_cast<int64_t>(content_.size())};
-  }
-  absl::Status ReadInto(absl::string_view, int64_t offset, absl::Span<std::byte> out) override {
-    Require(offset >= 0 && offset + out.size() <= content_.size());  // never past the end
-    std::memcpy(out.data(), content_.data() + offset, out.size());
-    return absl::OkStatus();
-  }
-  absl::StatusOr<std::vector<pewter::ObjectEntry>> List(absl::string_view) override { abort(); }
-  absl::Status Remove(absl::string_view) override { abort(); }
-  absl::StatusOr<std::unique_ptr<pewter::ObjectWriter>> Create(absl::string_view) override {
-    abort();
-  }
-  std::string Describe(absl::string_view key) const override { return std::string(key); }
-
- private:
-  const absl::string_view content_;
-};
+using pewter::fuzz::MemoryStore;
+using pewter::fuzz::Require;
 
 void Check(const absl::StatusOr<pewter::SafetensorsHeader>& header, int64_t file_size) {
   if (!header.ok()) {

@@ -80,7 +80,7 @@ TEST_F(Sharded, OpensAndReads) {
   EXPECT_THAT(checkpoint.tensor_names(), ElementsAre("a", "b", "c"));
   ASSERT_EQ(checkpoint.files().size(), 2u);
   EXPECT_EQ(checkpoint.files()[1].Describe(), folder_ / kSecond);
-  EXPECT_NE(checkpoint.files()[0].header_crc32c, checkpoint.files()[1].header_crc32c);
+  EXPECT_NE(checkpoint.files()[0].header[0].crc32c, checkpoint.files()[1].header[0].crc32c);
   EXPECT_EQ(checkpoint.Find("b")->dtype, DType::kBF16);
   EXPECT_EQ(checkpoint.Find("b")->shape, Shape{3});
   EXPECT_EQ(checkpoint.Find("nothing"), nullptr);
@@ -220,10 +220,42 @@ TEST(CheckpointOpen, FoldersWithoutReadableWeights) {
   folder.Write("adapter_config.json", "{}");
   EXPECT_THAT(Open(folder.path()),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("BASE+ADAPTER")));
+}
+
+std::string TorchFileText() {
+  return ReadFile(absl::StrCat(PEWTER_SOURCE_DIR, "/tests/attacks/torch/good.bin"));
+}
+
+TEST(CheckpointOpen, TorchFilesComeAfterSafetensors) {
+  TempFolder folder;
+  folder.Write("config.json", "{}");
+  folder.Write("pytorch_model.bin", TorchFileText());
+  EXPECT_THAT(ReadAll<float>(**Open(folder.path()), "w"), ElementsAre(1, 2, 3, 4));
   folder.Write("pytorch_model.bin", "");
   EXPECT_THAT(Open(folder.path()),
-              StatusIs(absl::StatusCode::kFailedPrecondition,
-                       AllOf(HasSubstr("pytorch_model.bin"), HasSubstr("convert"))));
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("pytorch_model.bin")));
+  folder.Write("part.bin", TorchFileText());
+  folder.Write("pytorch_model.bin.index.json", Index({{"w", "part.bin"}}));
+  EXPECT_THAT(ReadAll<float>(**Open(folder.path()), "w"), ElementsAre(1, 2, 3, 4));
+  WriteSafetensors(folder / "model.safetensors", {Numbers("s", DType::kF32, 1, 0)});
+  EXPECT_THAT((*Open(folder.path()))->tensor_names(), ElementsAre("s"));
+}
+
+TEST(CheckpointOpen, RawTorchFiles) {
+  TempFolder folder;
+  folder.Write("optimizer.pt", TorchFileText());
+  EXPECT_TRUE((*Open(folder / "optimizer.pt"))->raw());
+  EXPECT_THAT(Open(folder.path()),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("name the file itself")));
+  folder.Write("pytorch_model.bin", TorchFileText());
+  const auto opened = Open(folder.path());
+  ASSERT_THAT(opened, IsOk());
+  EXPECT_TRUE((*opened)->raw());
+  EXPECT_THAT((*opened)->files(), ::testing::SizeIs(1));
+  folder.Write("pytorch_model.bin",
+               ReadFile(absl::StrCat(PEWTER_SOURCE_DIR, "/tests/attacks/torch/nested.bin")));
+  EXPECT_THAT((*Open(folder.path()))->warnings(),
+              ElementsAre(HasSubstr("pytorch_model.bin: its tensors"), HasSubstr("epoch")));
 }
 
 TEST(CheckpointOpen, NotACheckpoint) {

@@ -51,7 +51,8 @@ std::vector<Case> Cases() {
         continue;
       }
       if (NotOurs().contains(id) || !fs::exists(entry.path() / "recipe.yml")) continue;
-      if (meta["tool"] != "mergekit-yaml" && meta["tool"] != "mergekit-multi") continue;
+      const std::set<std::string> tools = {"mergekit-yaml", "mergekit-multi", "mergekit-pytorch"};
+      if (!tools.contains(meta["tool"].get<std::string>())) continue;
       const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(entry.path() / "recipe.yml"));
       const bool is_error = meta["compare"]["mode"] == "error";
       if (!is_error && recipe.ok() && !FindMethod(recipe->merge_method).ok()) continue;
@@ -75,6 +76,10 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
       if (args[i] == "--out-shard-size") options_.shard_bytes = args[i + 1] == "60K" ? 60'000 : 0;
       if (args[i] == "--allow-crimes") options_.allow_mixed = true;
       if (args[i] == "--unsafe-truncate-embeddings") options_.truncate_vocabularies = true;
+      if (args[i] == "--tensor-intersection" || args[i] == "-i") {
+        options_.raw_names = RawNames::kIntersection;
+      }
+      if (args[i] == "--tensor-union" || args[i] == "-u") options_.raw_names = RawNames::kUnion;
       if (args[i] == "--random-seed") options_.seed = std::stoul(args[i + 1]);
       if (args[i] == "--no-write-model-card") options_.write_model_card = false;
       if (args[i] == "--no-copy-tokenizer") options_.copy_tokenizer = false;
@@ -354,6 +359,11 @@ TEST_P(GoldenTest, Agrees) {
     CompareClose(compare, expected, merged);
   }
 
+  if (meta_["tool"] == "mergekit-pytorch") {
+    EXPECT_TRUE(fs::exists(out_ / "model/model.safetensors"));
+    EXPECT_FALSE(fs::exists(out_ / "model/config.json"));
+    return;
+  }
   const json want = json::parse(ReadFile(folder_ + "/expected/config.json"));
   const json got = json::parse(ReadFile(out_ / "model/config.json"));
   for (const char* key : {"num_hidden_layers", "n_layer", "vocab_size", "architectures"}) {

@@ -196,8 +196,8 @@ TEST_F(StagesTest, EverythingIsPlannedBeforeTheFirstIsMerged) {
       absl::StrReplaceAll(kTwo, {{"./llama_a", "./llama_wide"}, {"./llama_b", "./llama_wide+./x"}}),
       "x");
   const auto of_one = [](absl::string_view model) {
-    return absl::StrReplaceAll(kTwo, {{"./llama_a", model},
-                                      {"  - {model: ./llama_b, parameters: {weight: 3}}\n", ""}});
+    return absl::StrReplaceAll(
+        kTwo, {{"./llama_a", model}, {"  - {model: ./llama_b, parameters: {weight: 3}}\n", ""}});
   };
   fails(of_one("./llama_wide"), "shapes differ");
   fails(of_one("./llama_3"), "the same number of layers; model half has 3");
