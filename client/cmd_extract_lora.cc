@@ -58,7 +58,7 @@ absl::StatusOr<int> RunExtract(const ExtractArguments& arguments, Output& out) {
   }
   ASSIGN_OR_RETURN(const Plan plan, MakeExtractLoraPlan(extract, options));
   for (const std::string& warning : plan.warnings) out.Warn(warning);
-  return arguments.run.Run(plan, out);
+  return arguments.run.Run(plan, "Adapter in", out);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct MergeArguments {
 
 absl::StatusOr<int> RunMerge(const MergeArguments& arguments, Output& out) {
   ASSIGN_OR_RETURN(const Plan plan, arguments.plan.MakePlanOf(arguments.recipe, out));
-  return arguments.run.Run(plan, out);
+  return arguments.run.Run(plan, "Merged into", out);
 }
 
 }  // namespace
@@ -38,6 +38,7 @@ CommandBody DeclareMerge(CLI::App& app) {
   app.add_flag("--keep-stages", arguments->run.keep_stages, "Keep the models in OUT.stages")
       ->excludes(stages);
   arguments->plan.Declare(app);
+  arguments->plan.DeclareRawNames(app);
   app.footer(
       "Examples:\n"
       "  pewter merge recipe.yaml ./merged\n"

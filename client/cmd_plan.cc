@@ -34,6 +34,7 @@ CommandBody DeclarePlan(CLI::App& app) {
   app.add_flag("-t,--tensors", arguments->report.every_tensor,
                "List every output tensor with its inputs and parameters");
   arguments->plan.Declare(app);
+  arguments->plan.DeclareRawNames(app);
   app.footer(
       "Examples:\n"
       "  pewter plan recipe.yaml\n"

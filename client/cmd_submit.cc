@@ -139,6 +139,7 @@ CommandBody DeclareSubmit(CLI::App& app) {
   app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
                "Go on when an input holds NaN or infinity");
   arguments->plan.Declare(app);
+  arguments->plan.DeclareRawNames(app);
   app.footer(
       "Relative paths, in the recipe too, are made absolute before they are sent: the server must\n"
       "see the same files. Interrupted jobs continue where they were by themselves.\n"

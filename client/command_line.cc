@@ -13,6 +13,7 @@ constexpr Command kCommands[] = {
     {"extract-lora", "Write what a fine-tune changed in its base as a LoRA adapter",
      &DeclareExtractLora},
     {"methods", "List merge methods, or explain one", &DeclareMethods},
+    {"convert", "Write a model as safetensors, also from a PyTorch file", &DeclareConvert},
     {"inspect", "Show what a model, an adapter or a merge result holds", &DeclareInspect},
     {"diff", "Compare the weights of two models", &DeclareDiff},
     {"submit", "Have a server merge", &DeclareSubmit},

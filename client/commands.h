@@ -28,6 +28,7 @@ CommandBody DeclareMerge(CLI::App& app);
 CommandBody DeclarePlan(CLI::App& app);
 CommandBody DeclareExtractLora(CLI::App& app);
 CommandBody DeclareMethods(CLI::App& app);
+CommandBody DeclareConvert(CLI::App& app);
 CommandBody DeclareInspect(CLI::App& app);
 CommandBody DeclareDiff(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);

@@ -137,6 +137,17 @@ void PlanArguments::DeclareCopy(CLI::App& app) {
       ->group(kResult);
 }
 
+void PlanArguments::DeclareRawNames(CLI::App& app) {
+  CLI::Option* intersection =
+      app.add_flag("-i,--tensor-intersection", tensor_intersection,
+                   "Raw checkpoints: merge the tensors that all of them have, leave out the others")
+          ->group(kResult);
+  app.add_flag("-u,--tensor-union", tensor_union,
+               "Raw checkpoints: merge every tensor, each from those that have it")
+      ->excludes(intersection)
+      ->group(kResult);
+}
+
 void PlanArguments::Declare(CLI::App& app) {
   app.add_option("--device", device,
                  "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
@@ -153,14 +164,6 @@ void PlanArguments::Declare(CLI::App& app) {
   app.add_flag("--unsafe-truncate-embeddings", truncate_embeddings,
                "Cut vocabularies of different size to the rows that all models have, whatever "
                "tokens these stand for")
-      ->group(kResult);
-  CLI::Option* intersection =
-      app.add_flag("-i,--tensor-intersection", tensor_intersection,
-                   "Raw checkpoints: merge the tensors that all of them have, leave out the others")
-          ->group(kResult);
-  app.add_flag("-u,--tensor-union", tensor_union,
-               "Raw checkpoints: merge every tensor, each from those that have it")
-      ->excludes(intersection)
       ->group(kResult);
   app.add_flag_callback(
          "--no-write-model-card", [this] { write_model_card = false; }, "Leave out README.md")

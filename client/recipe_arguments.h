@@ -48,8 +48,10 @@ struct PlanArguments {
   bool copy_tokenizer = true;
   bool write_model_card = true;
 
+  // Those that every command has a use for that plans, those of recipes, and those of recipes and
+  // of copies of one model.
   void Declare(CLI::App& app);
-  // Those of them that a copy of one model has a use for.
+  void DeclareRawNames(CLI::App& app);
   void DeclareCopy(CLI::App& app);
   absl::StatusOr<PlanOptions> ToOptions() const;
   // Reads and plans the recipe; prints the plan's warnings.

@@ -15,7 +15,7 @@ namespace pewter::client {
 
 namespace {
 
-void PrintResult(Output& out, const std::string& output, const Plan& plan,
+void PrintResult(Output& out, const std::string& output, absl::string_view done, const Plan& plan,
                  const Manifest& manifest) {
   const double rate = manifest.seconds > 0 ? manifest.bytes_written / manifest.seconds : 0;
   if (out.json()) {
@@ -37,11 +37,10 @@ void PrintResult(Output& out, const std::string& output, const Plan& plan,
     return;
   }
   const bool model = plan.config_file == "config.json";
-  std::string text = absl::StrCat(model ? "Merged into " : "Adapter in ", output, "\n  ",
-                                  FormatCount(plan.tensors.size(), model ? "tensor" : "module"),
-                                  " in ", FormatCount(plan.shards.size(), "file"), ", ",
-                                  FormatBytes(manifest.bytes_written), " in ",
-                                  FormatSeconds(manifest.seconds), " (", FormatRate(rate), ")");
+  std::string text = absl::StrCat(
+      done, " ", output, "\n  ", FormatCount(plan.tensors.size(), model ? "tensor" : "module"),
+      " in ", FormatCount(plan.shards.size(), "file"), ", ", FormatBytes(manifest.bytes_written),
+      " in ", FormatSeconds(manifest.seconds), " (", FormatRate(rate), ")");
   if (manifest.shards_reused > 0) {
     absl::StrAppend(&text, "; ", FormatCount(manifest.shards_reused, "finished file"),
                     " of the interrupted run kept");
@@ -64,20 +63,20 @@ void PrintResult(Output& out, const std::string& output, const Plan& plan,
 
 void RunArguments::DeclareOutput(CLI::App& app, const std::string& name, const std::string& help) {
   app.add_option(name, output, help)->required()->type_name(kPathType);
+  CLI::Option* const resume_option =
+      app.add_flag("--resume", resume,
+                   "Continue an interrupted run of the same command, or start when there is none");
+  app.add_flag("--overwrite", overwrite, "Replace what is at OUT")->excludes(resume_option);
 }
 
 void RunArguments::Declare(CLI::App& app) {
-  CLI::Option* const resume_option =
-      app.add_flag("--resume", resume,
-                   "Continue an interrupted run of the same recipe, or start when there is none");
-  app.add_flag("--overwrite", overwrite, "Replace what is at OUT")->excludes(resume_option);
   app.add_flag("--allow-nonfinite", allow_nonfinite, "Go on when an input holds NaN or infinity");
   app.add_flag("--dry-run", dry_run, "Only show the plan, as pewter plan does");
   // Not for users: the empty group leaves it out of the help.
   app.add_flag("--no-hash", no_hash, "Leave out SHA-256, to measure what it costs")->group("");
 }
 
-absl::StatusOr<int> RunArguments::Run(const Plan& plan, Output& out) const {
+absl::StatusOr<int> RunArguments::Run(const Plan& plan, absl::string_view done, Output& out) const {
   if (dry_run) {
     PrintPlan(out, plan, {});
     return kExitDone;
@@ -107,7 +106,7 @@ absl::StatusOr<int> RunArguments::Run(const Plan& plan, Output& out) const {
                                              ": the same command with --resume continues"));
   }
   if (!manifest.ok()) return manifest.status();
-  PrintResult(out, output, plan, *manifest);
+  PrintResult(out, output, done, plan, *manifest);
   return kExitDone;
 }
 

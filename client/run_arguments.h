@@ -6,6 +6,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "client/output.h"
 #include "merge/pewter.h"
 
@@ -23,11 +24,13 @@ struct RunArguments {
   std::string stages;
   bool keep_stages = false;
 
-  // The folder to write to, as an argument or option of that name; then the rest.
+  // The folder to write to, as an argument or option of that name, and what is done when something
+  // is there; then the rest.
   void DeclareOutput(CLI::App& app, const std::string& name, const std::string& help);
   void Declare(CLI::App& app);
-  // Runs the plan, or prints it with dry_run. Gives the exit code.
-  absl::StatusOr<int> Run(const Plan& plan, Output& out) const;
+  // Runs the plan, or prints it with dry_run, and says the result, which begins with `done`
+  // ("Merged into"). Gives the exit code.
+  absl::StatusOr<int> Run(const Plan& plan, absl::string_view done, Output& out) const;
 };
 
 }  // namespace pewter::client

@@ -441,7 +441,7 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
     bool tied = false;
     for (const auto& [name, change] : adapter->changes_) {
       if (tied || !change.has_replacement) continue;
-      ASSIGN_OR_RETURN(tied, SameBytes(*store, kWeights, change.replacement, *tensor));
+      ASSIGN_OR_RETURN(tied, SameBytes(*store, opened.file.key, change.replacement, *tensor));
     }
     if (!tied) {
       return absl::FailedPreconditionError(absl::StrCat(file, ", tensor ", Printable(tensor->name),

@@ -59,9 +59,9 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
   }
   // Reductions of a GPU and of a CPU agree within a tolerance only.
   add(options.device == "cpu" ? "cpu" : "gpu");
-  add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies,
-                   " ", options.shard_bytes, " ",
-                   options.copy_tokenizer, " ", options.write_model_card));
+  add(absl::StrCat(options.seed, " ", options.allow_mixed, " ", options.truncate_vocabularies, " ",
+                   options.shard_bytes, " ", options.copy_tokenizer, " ",
+                   options.write_model_card));
   add(absl::StrCat(static_cast<int>(options.raw_names), " ", options.name_by_name));
   for (const InputFile& file : plan.files) {
     add_stat(file.stat);

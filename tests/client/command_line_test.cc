@@ -22,6 +22,7 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
       {"plan", "plan r.yaml"},
       {"methods", "methods"},
       {"inspect", "inspect m"},
+      {"convert", "convert m out"},
       {"diff", "diff a b"},
       {"submit", "submit r.yaml out"},
       {"extract-lora",
@@ -59,6 +60,9 @@ TEST(CommandLineTest, RefusesBadUsage) {
            "merge r.yaml out --threads 0",
            "merge r.yaml out --resume --overwrite",
            "merge r.yaml out -o yaml",
+           "merge r.yaml out -i -u",
+           "convert m",
+           "convert m out --dtype int4",
            "jobs",
            "jobs get",
            "extract-lora --model a --base-model b",
@@ -108,6 +112,7 @@ TEST(PlanArgumentsTest, ToOptions) {
   arguments.shard_size = "5GB";
   arguments.allow_crimes = true;
   arguments.truncate_embeddings = true;
+  arguments.tensor_union = true;
   arguments.copy_tokenizer = false;
   const auto options = arguments.ToOptions();
   ASSERT_TRUE(options.ok());
@@ -115,6 +120,7 @@ TEST(PlanArgumentsTest, ToOptions) {
   EXPECT_EQ(options->shard_bytes, 5'000'000'000);
   EXPECT_TRUE(options->allow_mixed);
   EXPECT_TRUE(options->truncate_vocabularies);
+  EXPECT_EQ(options->raw_names, RawNames::kUnion);
   EXPECT_FALSE(options->copy_tokenizer);
   EXPECT_TRUE(options->write_model_card);
 }
