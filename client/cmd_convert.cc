@@ -46,6 +46,7 @@ absl::StatusOr<Plan> PlanConversion(const Arguments& arguments) {
 }
 
 absl::StatusOr<int> RunConvert(const Arguments& arguments, Output& out) {
+  arguments.plan.mergekit.Explain(out);
   const absl::StatusOr<Plan> plan = PlanConversion(arguments);
   if (!plan.ok()) {
     return absl::Status(plan.status().code(), WithoutPlace(plan.status().message()));

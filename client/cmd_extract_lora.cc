@@ -53,6 +53,7 @@ absl::StatusOr<ExtractLoraOptions> ToOptions(const ExtractArguments& arguments) 
 absl::StatusOr<int> RunExtract(const ExtractArguments& arguments, Output& out) {
   ASSIGN_OR_RETURN(const ExtractLoraOptions extract, ToOptions(arguments));
   ASSIGN_OR_RETURN(const PlanOptions options, arguments.plan.ToOptions());
+  arguments.plan.mergekit.Explain(out);
   if (!out.json() && (extract.energy > 0 || extract.sv_epsilon > 0)) {
     out.Note("finding singular values, to choose ranks by");
   }

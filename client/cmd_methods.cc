@@ -10,13 +10,29 @@
 #include "client/commands.h"
 #include "client/exit_code.h"
 #include "client/method_report.h"
+#include "client/recipe_schema.h"
 #include "merge/methods/method.h"
 
 namespace pewter::client {
 
 namespace {
 
-absl::StatusOr<int> RunMethods(const std::string& name, Output& out) {
+struct Arguments {
+  std::string name;
+  bool markdown = false;
+  bool schema = false;
+};
+
+absl::StatusOr<int> RunMethods(const Arguments& arguments, Output& out) {
+  const std::string& name = arguments.name;
+  if (arguments.markdown) {
+    out.Text(MethodsToMarkdown());
+    return kExitDone;
+  }
+  if (arguments.schema) {
+    out.Text(RecipeSchema().dump(2) + "\n");
+    return kExitDone;
+  }
   if (!name.empty()) {
     ASSIGN_OR_RETURN(const MergeMethod* method, FindMethod(name));
     if (out.json()) {
@@ -50,13 +66,20 @@ absl::StatusOr<int> RunMethods(const std::string& name, Output& out) {
 }  // namespace
 
 CommandBody DeclareMethods(CLI::App& app) {
-  auto name = std::make_shared<std::string>();
-  app.add_option("name", *name, "Method to explain")->type_name(kMethodType);
+  auto arguments = std::make_shared<Arguments>();
+  CLI::Option* name =
+      app.add_option("name", arguments->name, "Method to explain")->type_name(kMethodType);
+  CLI::Option* markdown =
+      app.add_flag("--markdown", arguments->markdown, "Print docs/methods.md: all of them in full")
+          ->excludes(name);
+  app.add_flag("--schema", arguments->schema, "Print a JSON Schema of recipes, for editors")
+      ->excludes(name)
+      ->excludes(markdown);
   app.footer(
       "Examples:\n"
       "  pewter methods\n"
       "  pewter methods ties");
-  return [name](Output& out) { return RunMethods(*name, out); };
+  return [arguments](Output& out) { return RunMethods(*arguments, out); };
 }
 
 }  // namespace pewter::client

@@ -22,7 +22,7 @@ struct Arguments {
 
 absl::StatusOr<int> RunPlanCommand(const Arguments& arguments, Output& out) {
   ASSIGN_OR_RETURN(const Plan plan, arguments.plan.MakePlanOf(arguments.recipe, out));
-  PrintPlan(out, plan, arguments.report);
+  RETURN_IF_ERROR(PrintPlan(out, plan, arguments.report));
   return kExitDone;
 }
 
@@ -31,13 +31,19 @@ absl::StatusOr<int> RunPlanCommand(const Arguments& arguments, Output& out) {
 CommandBody DeclarePlan(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   arguments->recipe.Declare(app);
-  app.add_flag("-t,--tensors", arguments->report.every_tensor,
-               "List every output tensor with its inputs and parameters");
+  app.add_flag(
+      "-t,--tensors,--full", arguments->report.every_tensor,
+      "Explain every output tensor: inputs, parameters and where they were set, decisions");
+  app.add_option("--tensor", arguments->report.tensors,
+                 "Explain only this output tensor, or those that match a pattern")
+      ->type_name("NAME|GLOB")
+      ->allow_extra_args(false);
   arguments->plan.Declare(app);
   arguments->plan.DeclareRawNames(app);
   app.footer(
       "Examples:\n"
       "  pewter plan recipe.yaml\n"
+      "  pewter plan recipe.yaml --tensor 'model.layers.7.*'\n"
       "  pewter plan recipe.yaml -o json | jq .peak_bytes");
   return [arguments](Output& out) { return RunPlanCommand(*arguments, out); };
 }

@@ -47,6 +47,7 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Out
   ASSIGN_OR_RETURN(const auto overrides, SplitAssignments("--set", arguments.recipe.set));
   ASSIGN_OR_RETURN(const auto labels, SplitAssignments("--label", arguments.labels));
   ASSIGN_OR_RETURN(const PlanOptions plan, arguments.plan.ToOptions());
+  arguments.plan.mergekit.Explain(out);
   std::error_code error;
   const std::string working_directory = std::filesystem::current_path(error).string();
   if (error) {

@@ -6,9 +6,11 @@
 #include <utility>
 #include <variant>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 
 namespace pewter::client {
@@ -76,7 +78,12 @@ std::string RangeText(const Param& param) {
 
 // A value that is good for `param`.
 std::string ExampleValue(const Param& param) {
-  if (!Required(param)) return DefaultText(param);
+  if (!Required(param)) {
+    const std::string text = DefaultText(param);
+    // To YAML 1.1 a number with an exponent has a point.
+    const bool needs_point = param.type == ParamType::kFloat && !absl::StrContains(text, '.');
+    return needs_point ? absl::StrReplaceAll(text, {{"e", ".0e"}}) : text;
+  }
   switch (param.type) {
     case ParamType::kBool:
       return "true";
@@ -88,6 +95,26 @@ std::string ExampleValue(const Param& param) {
       return absl::StrFormat("%g", std::clamp(0.5, param.min, param.max));
   }
   return "";
+}
+
+std::string MeaningText(const Param& param) {
+  return param.no_effect ? "accepted for mergekit's sake; no effect" : param.help;
+}
+
+// "Takes at least 2 models besides the base model."
+std::string InputsText(const MergeMethod& method) {
+  const int fewest = std::max(method.min_inputs, 1);
+  std::string text = absl::StrCat("Takes ", fewest == method.max_inputs ? "" : "at least ", fewest,
+                                  fewest == 1 ? " model" : " models");
+  switch (method.base) {
+    case BaseUse::kInput:
+      return absl::StrCat(text, "; `base_model` is one like the others.");
+    case BaseUse::kOptional:
+      return absl::StrCat(text, " besides `base_model`, which may be left out.");
+    case BaseUse::kRequired:
+      return absl::StrCat(text, " besides `base_model`.");
+  }
+  return text;
 }
 
 }  // namespace
@@ -152,6 +179,37 @@ Json MethodToJson(const MergeMethod& method) {
           {"example", ExampleRecipe(method)}};
 }
 
+std::string MethodsToMarkdown() {
+  std::string text =
+      "# Merge methods\n\n"
+      "Made from the table of methods by `pewter methods --markdown`; a test compares the two. "
+      "Where a\n"
+      "parameter may be set, and gradients and filters: [recipes.md](recipes.md#parameters). \"Set "
+      "per\" says\n"
+      "how finely: for each model (and so for slices, modules and the recipe), for each tensor "
+      "(slices,\n"
+      "modules, the recipe), or for the recipe as a whole.\n";
+  for (const MergeMethod* method : Methods()) {
+    absl::StrAppend(&text, "\n## `", method->name, "`\n\n", method->title, ": ", method->summary,
+                    ".\n\n    ", absl::StrReplaceAll(method->formula, {{"\n", "\n    "}}),
+                    "\n\n[Reference](", method->reference, "). ", InputsText(*method), "\n\n");
+    if (!method->params.empty()) {
+      absl::StrAppend(&text,
+                      "| parameter | type | set per | default | range | meaning |\n"
+                      "|---|---|---|---|---|---|\n");
+    }
+    for (const Param& param : method->params) {
+      absl::StrAppend(&text, "| `", param.name, "` | ", TypeName(param.type), " | ",
+                      ScopeName(param.scope), " | ", DefaultText(param), " | ",
+                      absl::StrReplaceAll(RangeText(param), {{"|", "\\|"}}), " | ",
+                      absl::StrReplaceAll(MeaningText(param), {{"|", "\\|"}}), " |\n");
+    }
+    if (!method->params.empty()) absl::StrAppend(&text, "\n");
+    absl::StrAppend(&text, "```yaml\n", ExampleRecipe(*method), "```\n");
+  }
+  return text;
+}
+
 std::string MethodToText(const MergeMethod& method) {
   std::string text =
       absl::StrCat(method.name, " (", method.title, ")\n", Wrap(method.summary, kTextColumns, 2),
@@ -168,8 +226,7 @@ std::string MethodToText(const MergeMethod& method) {
     Table table({"PARAMETER", "TYPE", "SET PER", "DEFAULT", "RANGE", "MEANING"});
     for (const Param& param : method.params) {
       table.Add({param.name, TypeName(param.type), ScopeName(param.scope), DefaultText(param),
-                 RangeText(param),
-                 param.no_effect ? "accepted for mergekit's sake; no effect" : param.help});
+                 RangeText(param), MeaningText(param)});
     }
     absl::StrAppend(&text, table.ToString());
   }

@@ -1,5 +1,7 @@
 #include "client/plan_report.h"
 
+#include <fnmatch.h>
+
 #include <algorithm>
 #include <cctype>
 #include <map>
@@ -14,6 +16,8 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "base/dtype_names.h"
+#include "base/nearest.h"
+#include "base/status.h"
 #include "base/units.h"
 
 namespace pewter::client {
@@ -34,10 +38,23 @@ Json ToJson(const Shape& shape) {
   return std::vector<int64_t>(shape.extents().begin(), shape.extents().end());
 }
 
+Json ToJson(const ParamOrigins& origins) {
+  Json json = Json::object();
+  for (const auto& [name, origin] : origins) {
+    Json& one = json[name] = {{"level", origin.level}};
+    if (origin.at.line != 0) one["line"] = origin.at.line, one["column"] = origin.at.column;
+    if (!origin.filter.empty()) one["filter"] = origin.filter;
+    if (origin.t) one["gradient_at"] = *origin.t;
+  }
+  return json;
+}
+
+Json LayerToJson(int64_t layer) { return layer < 0 ? Json() : Json(layer); }
+
 Json ToJson(const PlanInput& input, const Plan& plan) {
-  return {{"model", plan.models[input.model].ref},
-          {"tensor", input.tensor},
-          {"parameters", ToJson(input.params)}};
+  return {{"model", plan.models[input.model].ref}, {"tensor", input.tensor},
+          {"layer", LayerToJson(input.layer)},     {"views", input.views},
+          {"parameters", ToJson(input.params)},    {"parameter_origins", ToJson(input.origins)}};
 }
 
 std::string MethodName(const PlanTensor& tensor) {
@@ -94,33 +111,115 @@ std::string GroupTable(const Plan& plan) {
                absl::StrCat(group.inputs),
                group.params.size() == 1
                    ? *group.params.begin()
-                   : absl::StrCat("(", group.params.size(), " settings: see --tensors)")});
+                   : absl::StrCat("(", group.params.size(), " settings: see --full)")});
   }
   return table.ToString();
 }
 
-std::string TensorTable(const Plan& plan) {
+// " t=0.5 (slice, recipe:4:17)".
+std::string ExplainParams(const ParamValues& params, const ParamOrigins& origins) {
   std::string text;
-  for (const PlanTensor& tensor : plan.tensors) {
-    absl::StrAppend(&text, tensor.name, "  ", tensor.shape.ToString(), " ", Dtypes(tensor), "  ",
-                    MethodName(tensor));
-    std::vector<std::string> params;
-    for (const auto& [name, value] : tensor.params) {
-      params.push_back(absl::StrCat(" ", name, "=", ParamToString(value)));
+  for (const auto& [name, value] : params) {
+    absl::StrAppend(&text, "  ", name, "=", ParamToString(value));
+    if (const auto origin = origins.find(name); origin != origins.end()) {
+      absl::StrAppend(&text, " (", origin->second.ToString(), ")");
     }
-    absl::StrAppend(&text, absl::StrJoin(params, ""), "\n");
-    const auto add_input = [&](const PlanInput& input, absl::string_view role) {
-      absl::StrAppend(&text, "    ", role, plan.models[input.model].ref);
-      if (input.tensor != tensor.name) absl::StrAppend(&text, ": ", input.tensor);
-      for (const auto& [name, value] : input.params) {
-        absl::StrAppend(&text, "  ", name, "=", ParamToString(value));
-      }
-      absl::StrAppend(&text, "\n");
-    };
-    if (tensor.base.has_value()) add_input(*tensor.base, "base ");
-    for (const PlanInput& input : tensor.inputs) add_input(input, "");
   }
   return text;
+}
+
+std::string ExplainTensor(const Plan& plan, const PlanTensor& tensor) {
+  std::string text =
+      absl::StrCat(tensor.name, "  ", tensor.shape.ToString(), " ", Dtypes(tensor), "  ",
+                   MethodName(tensor), ExplainParams(tensor.params, tensor.origins), "\n");
+  const auto add_input = [&](const PlanInput& input, absl::string_view role) {
+    absl::StrAppend(&text, "    ", role, plan.models[input.model].ref);
+    if (input.tensor != tensor.name) absl::StrAppend(&text, ": ", input.tensor);
+    if (!input.views.empty()) absl::StrAppend(&text, "  [", absl::StrJoin(input.views, "; "), "]");
+    absl::StrAppend(&text, ExplainParams(input.params, input.origins), "\n");
+  };
+  if (tensor.base.has_value()) add_input(*tensor.base, "base ");
+  for (const PlanInput& input : tensor.inputs) add_input(input, "");
+  if (tensor.result_dtype != tensor.dtype) {
+    absl::StrAppend(&text, "    rounded to ", SafetensorsName(tensor.result_dtype), ", then to ",
+                    SafetensorsName(tensor.dtype), "\n");
+  }
+  for (const std::string& note : tensor.notes) absl::StrAppend(&text, "    ", note, "\n");
+  return text;
+}
+
+std::string TensorTable(const Plan& plan) {
+  std::string text;
+  for (const PlanTensor& tensor : plan.tensors) absl::StrAppend(&text, ExplainTensor(plan, tensor));
+  return text;
+}
+
+// Those that match one of the names or patterns; NotFound for one that matches none.
+absl::StatusOr<std::string> ExplainMatching(const Plan& plan,
+                                            absl::Span<const std::string> patterns) {
+  std::string text;
+  std::vector<bool> matched(patterns.size(), false);
+  std::vector<std::string> names;
+  for (const PlanTensor& tensor : plan.tensors) {
+    names.push_back(tensor.name);
+    bool shown = false;
+    for (size_t i = 0; i < patterns.size(); ++i) {
+      if (fnmatch(patterns[i].c_str(), tensor.name.c_str(), 0) != 0) continue;
+      matched[i] = true;
+      if (!shown) absl::StrAppend(&text, ExplainTensor(plan, tensor));
+      shown = true;
+    }
+  }
+  for (size_t i = 0; i < patterns.size(); ++i) {
+    if (matched[i]) continue;
+    return absl::NotFoundError(
+        absl::StrCat("the output has no tensor ", patterns[i], DidYouMean(patterns[i], names)));
+  }
+  return text;
+}
+
+// Where layers come from, runs of layers in one row; empty when every layer keeps its number.
+std::string LayerTable(const Plan& plan) {
+  using Origin = std::vector<std::pair<int, int64_t>>;      // model, its layer minus the output's
+  std::map<std::string, std::map<int64_t, Origin>> stacks;  // by the names' part before the number
+  bool renumbered = false;
+  for (const PlanTensor& tensor : plan.tensors) {
+    if (tensor.layer < 0) continue;
+    Origin origin;
+    const auto add = [&](const PlanInput& input) {
+      origin.emplace_back(input.model, input.layer - tensor.layer);
+      renumbered = renumbered || input.layer != tensor.layer;
+    };
+    if (tensor.base) add(*tensor.base);
+    for (const PlanInput& input : tensor.inputs) add(input);
+    const std::string stack = tensor.name.substr(0, tensor.name.find_first_of("0123456789"));
+    Origin& known = stacks[stack][tensor.layer];
+    if (origin.size() > known.size()) known = std::move(origin);
+  }
+  std::set<Origin> different;
+  for (const auto& [stack, layers] : stacks) {
+    for (const auto& [layer, origin] : layers) different.insert(origin);
+  }
+  if (!renumbered && different.size() <= 1) return "";
+  Table table({"LAYERS", "FROM"});
+  for (const auto& [stack, layers] : stacks) {
+    for (auto first = layers.begin(); first != layers.end();) {
+      auto next = first;
+      int64_t last = first->first;
+      for (++next; next != layers.end() && next->second == first->second; ++next)
+        last = next->first;
+      const auto range = [](int64_t a, int64_t b) {
+        return a == b ? absl::StrCat(a) : absl::StrCat(a, "-", b);
+      };
+      table.Add({absl::StrCat(stack, range(first->first, last)),
+                 absl::StrJoin(first->second, ", ", [&](std::string* out, const auto& part) {
+                   absl::StrAppend(out, plan.models[part.first].ref, " ",
+                                   range(first->first + part.second, last + part.second));
+                 })});
+      first = next;
+    }
+  }
+  return absl::StrCat(table.ToString(), "\n");
 }
 
 }  // namespace
@@ -170,8 +269,12 @@ Json PlanToJson(const Plan& plan) {
                        {"shape", ToJson(tensor.shape)},
                        {"bytes", tensor.bytes},
                        {"shard", plan.shards[tensor.shard].file},
+                       {"layer", LayerToJson(tensor.layer)},
                        {"method", MethodName(tensor)},
+                       {"result_dtype", SafetensorsName(tensor.result_dtype)},
+                       {"notes", tensor.notes},
                        {"parameters", ToJson(tensor.params)},
+                       {"parameter_origins", ToJson(tensor.origins)},
                        {"base", tensor.base.has_value() ? ToJson(*tensor.base, plan) : Json()},
                        {"inputs", std::move(inputs)}});
   }
@@ -205,6 +308,7 @@ Json PlanToJson(const Plan& plan) {
           {"other_files", std::move(other_files)},
           {"tensors", std::move(tensors)},
           {"unused_tensors", std::move(unused)},
+          {"absent_tensors", plan.absent_tensors},
           {"warnings", plan.warnings},
           {"fingerprint", plan.fingerprint}};
 }
@@ -231,7 +335,7 @@ std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
     models.Add({model.ref, FormatCount(model.checkpoint->files().size()),
                 FormatCount(model.checkpoint->tensor_names().size()), FormatBytes(bytes)});
   }
-  absl::StrAppend(&text, models.ToString(), "\n",
+  absl::StrAppend(&text, models.ToString(), "\n", LayerTable(plan),
                   options.every_tensor ? TensorTable(plan) : GroupTable(plan), "\n");
   Table shards({"OUTPUT", "TENSORS", "SIZE"});
   shards.RightAlign(1).RightAlign(2);
@@ -256,7 +360,13 @@ std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
                                                  : std::min(names.size(), kNamesShown)));
     absl::StrAppend(&text, "\nNot read from ", model, ": ", FormatCount(names.size(), "tensor"),
                     "\n  ", absl::StrJoin(first, "\n  "), "\n");
-    if (first.size() < names.size()) absl::StrAppend(&text, "  ... (--tensors shows all)\n");
+    if (first.size() < names.size()) absl::StrAppend(&text, "  ... (--full shows all)\n");
+  }
+  if (!plan.absent_tensors.empty()) {
+    const bool all = options.every_tensor || plan.absent_tensors.size() <= kNamesShown;
+    absl::StrAppend(
+        &text, "\nOptional, and in no model: ", FormatCount(plan.absent_tensors.size(), "tensor"),
+        "\n", all ? absl::StrCat("  ", absl::StrJoin(plan.absent_tensors, "\n  "), "\n") : "");
   }
   absl::StrAppend(&text, "\nReads         ", FormatBytes(plan.read_bytes), "\nWrites        ",
                   FormatBytes(plan.write_bytes), "\nPeak memory   ", FormatBytes(plan.peak_bytes),
@@ -267,14 +377,18 @@ std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
   return text;
 }
 
-void PrintPlan(Output& out, const Plan& plan, const PlanReportOptions& options) {
+absl::Status PrintPlan(Output& out, const Plan& plan, const PlanReportOptions& options) {
   if (out.json()) {
     out.Print(PlanToJson(plan));
+  } else if (!options.tensors.empty()) {
+    ASSIGN_OR_RETURN(const std::string text, ExplainMatching(plan, options.tensors));
+    out.Text(text);
   } else if (out.quiet()) {
     out.Text(absl::StrCat(plan.fingerprint, "\n"));
   } else {
     out.Text(PlanToText(plan, options));
   }
+  return absl::OkStatus();
 }
 
 }  // namespace pewter::client

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "absl/status/status.h"
 #include "client/output.h"
 #include "merge/pewter.h"
 
@@ -10,10 +12,13 @@ namespace pewter::client {
 
 struct PlanReportOptions {
   bool every_tensor = false;  // else tensors that differ only by numbers in their names share a row
+  // Names or shell patterns: explain the tensors that match one of them, and nothing else.
+  std::vector<std::string> tensors = {};
 };
 
-// Text (the fingerprint alone when quiet) or JSON, which always has everything.
-void PrintPlan(Output& out, const Plan& plan, const PlanReportOptions& options);
+// Text (the fingerprint alone when quiet) or JSON, which always has everything. NotFound when
+// `options` names a tensor that the output does not have.
+absl::Status PrintPlan(Output& out, const Plan& plan, const PlanReportOptions& options);
 
 Json PlanToJson(const Plan& plan);
 std::string PlanToText(const Plan& plan, const PlanReportOptions& options);

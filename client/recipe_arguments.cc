@@ -168,6 +168,7 @@ void PlanArguments::Declare(CLI::App& app) {
   app.add_flag_callback(
          "--no-write-model-card", [this] { write_model_card = false; }, "Leave out README.md")
       ->group(kResult);
+  mergekit.Declare(app, *this);
 }
 
 absl::StatusOr<PlanOptions> PlanArguments::ToOptions() const {
@@ -185,6 +186,7 @@ absl::StatusOr<PlanOptions> PlanArguments::ToOptions() const {
   if (!memory.empty()) {
     ASSIGN_OR_RETURN(options.memory_bytes, ParseBytes(memory));
   }
+  if (shard_bytes > 0) options.shard_bytes = shard_bytes;
   if (!shard_size.empty()) {
     ASSIGN_OR_RETURN(options.shard_bytes, ParseBytes(shard_size));
     // mergekit's --out-shard-size 5B means five billion.
@@ -202,6 +204,7 @@ absl::StatusOr<Plan> PlanArguments::MakePlanOf(const RecipeArguments& arguments,
   ASSIGN_OR_RETURN(const std::string text, arguments.ReadText());
   ASSIGN_OR_RETURN(const Recipe recipe, arguments.Parse(text));
   ASSIGN_OR_RETURN(const PlanOptions options, ToOptions());
+  mergekit.Explain(out);
   absl::StatusOr<Plan> plan = MakePlan(recipe, options);
   if (!plan.ok()) return arguments.NameFile(plan.status());
   for (const std::string& warning : plan->warnings) out.Warn(arguments.NameFile(warning));

@@ -8,6 +8,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "client/mergekit_options.h"
 #include "client/output.h"
 #include "merge/pewter.h"
 
@@ -38,6 +39,7 @@ struct PlanArguments {
   std::string device = "auto";
   std::string memory;
   std::string shard_size;
+  int64_t shard_bytes = 0;  // --out-shard-size; 0: not given
   int threads = 0;
   uint64_t seed = 0;
   bool allow_crimes = false;
@@ -47,6 +49,7 @@ struct PlanArguments {
   bool strict = false;
   bool copy_tokenizer = true;
   bool write_model_card = true;
+  MergekitOptions mergekit;
 
   // Those that every command has a use for that plans, those of recipes, and those of recipes and
   // of copies of one model.

@@ -4,6 +4,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/status.h"
 #include "base/units.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
@@ -78,7 +79,7 @@ void RunArguments::Declare(CLI::App& app) {
 
 absl::StatusOr<int> RunArguments::Run(const Plan& plan, absl::string_view done, Output& out) const {
   if (dry_run) {
-    PrintPlan(out, plan, {});
+    RETURN_IF_ERROR(PrintPlan(out, plan, {}));
     return kExitDone;
   }
 

@@ -67,10 +67,18 @@ void SetParams(const ParamValues& params, Map* out) {
   for (const auto& [name, value] : params) SetValue(value, &(*out)[name]);
 }
 
+template <typename Map>
+void SetOrigins(const ParamOrigins& origins, Map* out) {
+  for (const auto& [name, origin] : origins) (*out)[name] = origin.ToString();
+}
+
 void SetInput(const PlanInput& input, v1::PlanTensorInput* out) {
   out->set_model(input.model);
   out->set_tensor(input.tensor);
   SetParams(input.params, out->mutable_params());
+  SetOrigins(input.origins, out->mutable_param_origins());
+  if (input.layer >= 0) out->set_layer(input.layer);
+  for (const std::string& view : input.views) out->add_views(view);
 }
 
 v1::ParamType ToParamType(ParamType type) {
@@ -281,6 +289,9 @@ v1::PlanSummary ToPlanSummary(const Plan& plan, int64_t first, int64_t count) {
     for (const int64_t extent : tensor.shape.extents()) out->add_shape(extent);
     if (tensor.method != nullptr) out->set_method(tensor.method->name);
     SetParams(tensor.params, out->mutable_params());
+    SetOrigins(tensor.origins, out->mutable_param_origins());
+    if (tensor.layer >= 0) out->set_layer(tensor.layer);
+    for (const std::string& note : tensor.notes) out->add_notes(note);
     for (const PlanInput& input : tensor.inputs) SetInput(input, out->add_inputs());
     if (tensor.base) SetInput(*tensor.base, out->mutable_base());
     out->set_shard(tensor.shard);
@@ -302,6 +313,12 @@ v1::PlanSummary ToPlanSummary(const Plan& plan, int64_t first, int64_t count) {
   summary.set_device(plan.options.device);
   for (const std::string& warning : plan.warnings) summary.add_warnings(warning);
   summary.set_fingerprint(plan.fingerprint);
+  for (const auto& [model, tensors] : plan.unused_tensors) {
+    v1::UnusedTensors* out = summary.add_unused_tensors();
+    out->set_model(model);
+    for (const std::string& tensor : tensors) out->add_tensors(tensor);
+  }
+  for (const std::string& tensor : plan.absent_tensors) summary.add_absent_tensors(tensor);
   for (const PlanStage& stage : plan.stages) {
     v1::PlanStage* out = summary.add_stages();
     out->set_name(stage.name);

@@ -157,6 +157,30 @@ std::vector<std::string> FilesOfManifest(absl::string_view manifest_json) {
   return names;
 }
 
+namespace {
+
+// What the recipe does not say and the plan decided.
+ordered_json DecisionsJson(const Plan& plan) {
+  ordered_json tensors = ordered_json::object();
+  ordered_json defaults = ordered_json::object();
+  const auto add_defaults = [&](const ParamValues& params, const ParamOrigins& origins) {
+    for (const auto& [name, origin] : origins) {
+      if (origin.level != absl::string_view("default") || defaults.contains(name)) continue;
+      std::visit([&, &name = name](const auto& value) { defaults[name] = value; }, params.at(name));
+    }
+  };
+  for (const PlanTensor& tensor : plan.tensors) {
+    if (!tensor.notes.empty()) tensors[tensor.name] = tensor.notes;
+    add_defaults(tensor.params, tensor.origins);
+    for (const PlanInput& input : tensor.inputs) add_defaults(input.params, input.origins);
+  }
+  return {{"defaults", std::move(defaults)},
+          {"tensors", std::move(tensors)},
+          {"absent_tensors", plan.absent_tensors}};
+}
+
+}  // namespace
+
 std::string ManifestJson(const ManifestInput& input) {
   const Plan& plan = input.plan;
   ordered_json files = ordered_json::array();
@@ -178,6 +202,7 @@ std::string ManifestJson(const ManifestInput& input) {
       {"bytes", plan.write_bytes},
       {"inputs", InputsJson(plan, input.shards)},
       {"files", std::move(files)},
+      {"decisions", DecisionsJson(plan)},
       {"warnings", warnings},
       {"run",
        {{"finished", absl::FormatTime(absl::RFC3339_sec, absl::Now(), absl::UTCTimeZone())},

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <set>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -106,49 +107,72 @@ bool Matches(const ParamCase& condition, absl::string_view tensor) {
          absl::StrContains(tensor, condition.filter);
 }
 
+struct Found {
+  ParamValue value;
+  ParamOrigin origin;
+};
+
 // Nullopt when the setting says nothing for this tensor.
-absl::StatusOr<std::optional<ParamValue>> Evaluate(const Param& param, const ParamSetting& setting,
-                                                   absl::string_view tensor, double t) {
+absl::StatusOr<std::optional<Found>> Evaluate(const Param& param, const ParamSetting& setting,
+                                              absl::string_view tensor, double t) {
   for (const ParamCase& condition : setting.cases) {
     if (!Matches(condition, tensor)) continue;
     const auto count = static_cast<int64_t>(condition.values.size());
     if (count == 0) return std::nullopt;
     const double x = t * static_cast<double>(count - 1);
     const auto index = static_cast<int64_t>(std::floor(x));
+    ParamOrigin origin{.at = condition.at};
+    if (condition.filter != "*") origin.filter = condition.filter;
+    if (count > 1) origin.t = t;
     const bool interpolated = param.type == ParamType::kFloat || param.type == ParamType::kInt;
     if (!interpolated || count == 1) {
-      return ScalarToValue(param, condition.values[index], condition.at);
+      ASSIGN_OR_RETURN(ParamValue value,
+                       ScalarToValue(param, condition.values[index], condition.at));
+      return Found{std::move(value), std::move(origin)};
     }
     const double fraction = x - static_cast<double>(index);
     const std::optional<double> low = AsNumber(condition.values[index]);
     const std::optional<double> high = AsNumber(condition.values[std::min(index + 1, count - 1)]);
     if (!low || !high) return Wrong(param, condition.at, "a list of numbers", "text");
-    return NumberToValue(param, (1 - fraction) * *low + fraction * *high, condition.at);
+    ASSIGN_OR_RETURN(ParamValue value,
+                     NumberToValue(param, (1 - fraction) * *low + fraction * *high, condition.at));
+    return Found{std::move(value), std::move(origin)};
   }
   return std::nullopt;
 }
 
+struct NamedScope {
+  const char* name;
+  const ParamScope* scope;  // null: none
+};
+
 // The first level that says something.
-absl::StatusOr<std::optional<ParamValue>> Lookup(const Param& param,
-                                                 absl::Span<const ParamScope* const> levels,
-                                                 absl::string_view tensor, double t) {
-  for (const ParamScope* level : levels) {
-    if (level == nullptr) continue;
-    const auto setting = level->find(param.name);
-    if (setting == level->end()) continue;
-    ASSIGN_OR_RETURN(std::optional<ParamValue> value, Evaluate(param, setting->second, tensor, t));
-    if (value) return value;
+absl::StatusOr<std::optional<Found>> Lookup(const Param& param, absl::Span<const NamedScope> levels,
+                                            absl::string_view tensor, double t) {
+  for (const NamedScope& level : levels) {
+    if (level.scope == nullptr) continue;
+    const auto setting = level.scope->find(param.name);
+    if (setting == level.scope->end()) continue;
+    ASSIGN_OR_RETURN(std::optional<Found> found, Evaluate(param, setting->second, tensor, t));
+    if (!found) continue;
+    found->origin.level = level.name;
+    return found;
   }
-  if (const bool* flag = std::get_if<bool>(&param.fallback)) return ParamValue(*flag);
+  if (const bool* flag = std::get_if<bool>(&param.fallback)) return Found{*flag, {}};
   if (const auto* number = std::get_if<int64_t>(&param.fallback)) {
-    if (param.type == ParamType::kFloat) return ParamValue(static_cast<double>(*number));
-    return ParamValue(*number);
+    if (param.type == ParamType::kFloat) return Found{static_cast<double>(*number), {}};
+    return Found{*number, {}};
   }
-  if (const auto* number = std::get_if<double>(&param.fallback)) return ParamValue(*number);
+  if (const auto* number = std::get_if<double>(&param.fallback)) return Found{*number, {}};
   if (const auto* text = std::get_if<const char*>(&param.fallback)) {
-    return ParamValue(std::string(*text));
+    return Found{std::string(*text), {}};
   }
   return std::nullopt;
+}
+
+void Add(const Param& param, Found found, ResolvedParams& params) {
+  params.values.emplace(param.name, std::move(found.value));
+  params.origins.emplace(param.name, std::move(found.origin));
 }
 
 // --- checking -----------------------------------------------------------------------------------
@@ -243,6 +267,31 @@ class ParameterChecker {
 
 }  // namespace
 
+std::string ParamOrigin::ToString() const {
+  std::string text = level;
+  if (at.line != 0 || level != absl::string_view("default")) {
+    absl::StrAppend(&text, ", ", at.ToString());
+  }
+  if (!filter.empty()) absl::StrAppend(&text, ", filter \"", filter, "\"");
+  if (t) absl::StrAppend(&text, ", gradient at ", *t);
+  return text;
+}
+
+void ParamUse::Add(const ParamOrigins& origins) {
+  for (const auto& [name, origin] : origins) {
+    if (origin.at.line == 0) continue;
+    const double t = origin.t.value_or(0);
+    const auto [range, added] = range_.try_emplace({origin.at.line, origin.at.column}, t, t);
+    range->second.first = std::min(range->second.first, t);
+    range->second.second = std::max(range->second.second, t);
+  }
+}
+
+const std::pair<double, double>* ParamUse::Find(TextPosition at) const {
+  const auto found = range_.find({at.line, at.column});
+  return found == range_.end() ? nullptr : &found->second;
+}
+
 absl::Status CheckParameters(const Recipe& recipe, const MergeMethod& method,
                              std::vector<std::string>& warnings) {
   ParameterChecker checker(method, warnings);
@@ -259,38 +308,111 @@ absl::Status CheckParameters(const Recipe& recipe, const MergeMethod& method,
   return absl::OkStatus();
 }
 
-absl::StatusOr<ParamValues> TensorParameters(const MergeMethod& method, const ParamPlace& place,
-                                             absl::string_view output_tensor) {
-  ParamValues values;
+namespace {
+
+// Calls `visit` with every setting of the recipe that the method looks at, its name and whether it
+// is the base model's.
+template <typename Visit>
+void ForEachSetting(const Recipe& recipe, const MergeMethod& method, const Visit& visit) {
+  const auto walk = [&](const ParamScope& scope, Level level, bool of_base) {
+    for (const Param& param : method.params) {
+      const auto setting = scope.find(param.name);
+      if (setting == scope.end() || param.no_effect || !Allowed(param.scope, level)) continue;
+      visit(param, setting->second, of_base);
+    }
+  };
+  walk(recipe.parameters, Level::kRecipe, false);
+  for (const RecipeModule& module : recipe.modules) {
+    walk(module.parameters, Level::kModule, false);
+    for (const RecipeSlice& slice : module.slices) {
+      walk(slice.parameters, Level::kSlice, false);
+      const std::optional<ModelRef>& base = slice.base_model ? slice.base_model : recipe.base_model;
+      for (const RecipeSource& source : slice.sources) {
+        const bool of_base = method.base != BaseUse::kInput && base && *base == source.model;
+        walk(source.parameters, Level::kModel, of_base);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void WarnOfIdleSettings(const Recipe& recipe, const MergeMethod& method, const ParamUse& use,
+                        const absl::flat_hash_set<std::string>& tensors,
+                        std::vector<std::string>& warnings) {
+  std::set<std::pair<int, int>> seen;  // aliases lead to one place several times
+  ForEachSetting(
+      recipe, method, [&](const Param& param, const ParamSetting& setting, bool of_base) {
+        for (const ParamCase& condition : setting.cases) {
+          if (condition.at.line == 0 || condition.values.empty() ||
+              !seen.emplace(condition.at.line, condition.at.column).second) {
+            continue;
+          }
+          const auto warn = [&](const auto&... why) {
+            warnings.push_back(absl::StrCat(condition.at.ToString(), ": ", why...));
+          };
+          const std::pair<double, double>* range = use.Find(condition.at);
+          const bool matches =
+              std::any_of(tensors.begin(), tensors.end(),
+                          [&](const std::string& tensor) { return Matches(condition, tensor); });
+          if (!matches) {
+            warn("no tensor's name contains the filter \"", condition.filter, "\" of parameter `",
+                 param.name, "`");
+          } else if (range == nullptr && of_base) {
+            warn("parameter `", param.name, "` of the base model has no effect in ", method.name,
+                 ", which has it for the other models only");
+          } else if (range == nullptr) {
+            warn("parameter `", param.name,
+                 "` changes nothing here: wherever it could count, a nearer level or an earlier "
+                 "filter "
+                 "decides");
+          } else if (condition.values.size() > 1 && range->first == range->second) {
+            warn("the gradient of parameter `", param.name,
+                 "` does not vary: all tensors that it is "
+                 "for take its value at ",
+                 range->first, " (", range->first == 0 ? "the first" : "the last",
+                 "); only layers of a slice with several vary");
+          }
+        }
+      });
+}
+
+absl::StatusOr<ResolvedParams> TensorParameters(const MergeMethod& method, const ParamPlace& place,
+                                                absl::string_view output_tensor) {
+  ResolvedParams params;
   for (const Param& param : method.params) {
     if (param.scope == ParamScopeKind::kModel || param.no_effect) continue;
     const bool job = param.scope == ParamScopeKind::kJob;
-    ASSIGN_OR_RETURN(
-        std::optional<ParamValue> value,
-        Lookup(param, {job ? nullptr : place.slice, job ? nullptr : place.module, place.recipe},
-               output_tensor, place.t));
-    if (value) {
-      values.emplace(param.name, *std::move(value));
+    ASSIGN_OR_RETURN(std::optional<Found> found, Lookup(param,
+                                                        {{"slice", job ? nullptr : place.slice},
+                                                         {"module", job ? nullptr : place.module},
+                                                         {"recipe", place.recipe}},
+                                                        output_tensor, place.t));
+    if (found) {
+      Add(param, *std::move(found), params);
     } else if (std::holds_alternative<NoDefault>(param.fallback)) {
       return absl::InvalidArgumentError(absl::StrCat(
           "parameter `", param.name, "`, which ", method.name, " needs, is not set for tensor ",
           output_tensor, "; set it in `parameters` of the recipe"));
     }
   }
-  return values;
+  return params;
 }
 
-absl::StatusOr<ParamValues> ModelParameters(const MergeMethod& method, const ParamPlace& place,
-                                            const ParamScope* own, absl::string_view model,
-                                            absl::string_view source_tensor) {
-  ParamValues values;
+absl::StatusOr<ResolvedParams> ModelParameters(const MergeMethod& method, const ParamPlace& place,
+                                               const ParamScope* own, absl::string_view model,
+                                               absl::string_view source_tensor) {
+  ResolvedParams params;
   for (const Param& param : method.params) {
     if (param.scope != ParamScopeKind::kModel || param.no_effect) continue;
-    ASSIGN_OR_RETURN(
-        std::optional<ParamValue> value,
-        Lookup(param, {own, place.slice, place.module, place.recipe}, source_tensor, place.t));
-    if (value) {
-      values.emplace(param.name, *std::move(value));
+    ASSIGN_OR_RETURN(std::optional<Found> found, Lookup(param,
+                                                        {{"model", own},
+                                                         {"slice", place.slice},
+                                                         {"module", place.module},
+                                                         {"recipe", place.recipe}},
+                                                        source_tensor, place.t));
+    if (found) {
+      Add(param, *std::move(found), params);
     } else if (std::holds_alternative<NoDefault>(param.fallback)) {
       return absl::InvalidArgumentError(absl::StrCat(
           "parameter `", param.name, "`, which ", method.name, " needs, is not set for model ",
@@ -300,7 +422,7 @@ absl::StatusOr<ParamValues> ModelParameters(const MergeMethod& method, const Par
           "; set it under the model or in `parameters` of the recipe"));
     }
   }
-  return values;
+  return params;
 }
 
 }  // namespace pewter

@@ -49,6 +49,13 @@ struct Slice {
   std::string where;  // "recipe:5:3"
 };
 
+// Which of a slice's layers a tensor belongs to.
+struct LayerPlace {
+  double t = 0;
+  int64_t layer = -1;  // of the output; -1: none
+  int64_t offset = 0;  // in the slice
+};
+
 // A stored tensor of one model that takes part in an output tensor.
 struct Operand {
   int source = 0;      // index into Slice::sources
@@ -82,7 +89,7 @@ class Planner {
     if (plan_.tensors.empty()) {
       return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
     }
-    WarnOfFilters();
+    WarnOfIdleSettings(recipe_, *method_, param_use_, known_names_, plan_.warnings);
     WarnOfCasts();
     ListUnused();
     RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
@@ -376,7 +383,7 @@ class Planner {
 
   // Tensors that belong to no layer.
   absl::Status PlanSame(const std::vector<ArchTensor>& tensors, const Slice& slice) {
-    return PlanTensors(tensors, {slice.sources.size(), tensors}, slice, /*t=*/0);
+    return PlanTensors(tensors, {slice.sources.size(), tensors}, slice, {});
   }
 
   absl::Status PlanLayer(const ArchModule& module, const Slice& slice, int64_t offset,
@@ -386,20 +393,21 @@ class Planner {
     for (const Source& source : slice.sources) {
       sources.push_back(module.LayerTensors(source.first_layer + offset));
     }
-    return PlanTensors(outputs, std::move(sources), slice, t);
+    return PlanTensors(outputs, std::move(sources), slice,
+                       {.t = t, .layer = output_layer, .offset = offset});
   }
 
   // `inputs` has for each source of the slice the tensors that stand for `outputs`.
   absl::Status PlanTensors(const std::vector<ArchTensor>& outputs,
                            std::vector<std::vector<ArchTensor>> inputs, const Slice& slice,
-                           double t) {
+                           const LayerPlace& at) {
     ASSIGN_OR_RETURN(const auto chosen, ChooseSets(inputs, slice));
     for (size_t i = 0; i < outputs.size(); ++i) {
       const ArchChoice& choice = outputs[i].choice;
       if (choice.id != 0 && chosen.at(choice.id) != choice.set) continue;
       std::vector<ArchTensor> same;
       for (std::vector<ArchTensor>& tensors : inputs) same.push_back(std::move(tensors[i]));
-      RETURN_IF_ERROR(PlanTensorOf(outputs[i], same, slice, t));
+      RETURN_IF_ERROR(PlanTensorOf(outputs[i], same, slice, at));
     }
     return absl::OkStatus();
   }
@@ -459,24 +467,39 @@ class Planner {
 
   // `inputs` has the tensor of each source of the slice, with the source's layer number.
   absl::Status PlanTensorOf(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
-                            const Slice& slice, double t) {
+                            const Slice& slice, const LayerPlace& at) {
     bool any = false;
     for (size_t i = 0; i < inputs.size(); ++i) {
       known_names_.insert(inputs[i].name);
       any = any || !StoredName(Model(slice.sources[i].model), inputs[i], false).empty();
     }
     known_names_.insert(output.name);
-    if (!any && output.optional) return absl::OkStatus();
+    if (!any && output.optional) {
+      plan_.absent_tensors.push_back(output.name);
+      return absl::OkStatus();
+    }
 
     std::vector<Operand> operands;
+    PlanTensor tensor;
+    tensor.name = output.name;
+    tensor.layer = at.layer;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const Checkpoint& model = Model(slice.sources[i].model);
       std::string name = StoredName(model, inputs[i], true);
       if (name.empty()) {
-        if (output.optional) continue;
+        if (output.optional) {
+          tensor.notes.push_back(absl::StrCat(
+              "optional: model ", plan_.models[slice.sources[i].model].ref, " has none"));
+          continue;
+        }
         return absl::FailedPreconditionError(
             absl::StrCat("model ", plan_.models[slice.sources[i].model].ref, " has no tensor ",
                          inputs[i].name, ", which ", architecture_->name(), " needs"));
+      }
+      if (std::find(inputs[i].tied_names.begin(), inputs[i].tied_names.end(), name) !=
+          inputs[i].tied_names.end()) {
+        tensor.notes.push_back(absl::StrCat(
+            "tied: model ", plan_.models[slice.sources[i].model].ref, " stores ", name, " for it"));
       }
       const TensorInfo* info = model.Find(name);
       operands.push_back({.source = static_cast<int>(i), .tensor = std::move(name), .info = info});
@@ -485,14 +508,20 @@ class Planner {
 
     const bool any_float = std::any_of(operands.begin(), operands.end(),
                                        [](const Operand& o) { return IsFloat(o.info->dtype); });
-    if (!any_float) return PlanBuffer(output, operands, slice);
-    return PlanMerged(output, inputs, operands, slice, t);
+    if (!any_float) return PlanBuffer(output, operands, slice, at, std::move(tensor));
+    return PlanMerged(output, inputs, operands, slice, at, std::move(tensor));
   }
 
-  absl::StatusOr<PlanInput> OpenInput(const Operand& operand, const Slice& slice) const {
+  absl::StatusOr<PlanInput> OpenInput(const Operand& operand, const Slice& slice,
+                                      const LayerPlace& at) const {
+    const Source& source = slice.sources[operand.source];
     PlanInput input;
-    input.model = slice.sources[operand.source].model;
+    input.model = source.model;
     input.tensor = operand.tensor;
+    if (at.layer >= 0) input.layer = source.first_layer + at.offset;
+    if (const Checkpoint& model = Model(source.model); model.Adapted(operand.tensor)) {
+      input.views.push_back(absl::StrCat("LoRA ", model.ref().adapter));
+    }
     const PlanModel& model = plan_.models[input.model];
     ASSIGN_OR_RETURN(input.source, model.checkpoint->OpenTensor(operand.tensor, model.file_base));
     return input;
@@ -513,8 +542,8 @@ class Planner {
 
   // Tensors that are not floating (position ids, counters) are copied when all agree.
   absl::Status PlanBuffer(const ArchTensor& output, const std::vector<Operand>& operands,
-                          const Slice& slice) {
-    ASSIGN_OR_RETURN(PlanInput first, OpenInput(operands[0], slice));
+                          const Slice& slice, const LayerPlace& at, PlanTensor tensor) {
+    ASSIGN_OR_RETURN(PlanInput first, OpenInput(operands[0], slice, at));
     for (size_t i = 1; i < operands.size(); ++i) {
       const TensorInfo& a = *operands[0].info;
       const TensorInfo& b = *operands[i].info;
@@ -525,12 +554,13 @@ class Planner {
       };
       if (a.dtype != b.dtype) return differ(SafetensorsName(a.dtype), SafetensorsName(b.dtype));
       if (!(a.shape == b.shape)) return differ(a.shape.ToString(), b.shape.ToString());
-      ASSIGN_OR_RETURN(const PlanInput other, OpenInput(operands[i], slice));
+      ASSIGN_OR_RETURN(const PlanInput other, OpenInput(operands[i], slice, at));
       ASSIGN_OR_RETURN(const bool equal, EqualBytes(*first.source, *other.source));
       if (!equal) return differ("some values", "others");
     }
-    PlanTensor tensor;
-    tensor.name = output.name;
+    tensor.notes.push_back(operands.size() == 1 ? "copied: it is not floating"
+                                                : "copied: it is not floating, and equal in all "
+                                                  "models");
     tensor.dtype = tensor.result_dtype = operands[0].info->dtype;
     tensor.shape = operands[0].info->shape;
     AddUsed(operands, slice);
@@ -554,7 +584,8 @@ class Planner {
   }
 
   absl::Status PlanMerged(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
-                          const std::vector<Operand>& operands, const Slice& slice, double t) {
+                          const std::vector<Operand>& operands, const Slice& slice,
+                          const LayerPlace& at, PlanTensor tensor) {
     const bool aligned = output.vocabulary && alignment_.has_value();
     DType work = operands[0].info->dtype;
     std::optional<int64_t> cut;  // rows of a vocabulary tensor that all models have
@@ -583,18 +614,24 @@ class Planner {
     }
     if (recipe_.dtype) work = *recipe_.dtype;
 
-    PlanTensor tensor;
-    tensor.name = output.name;
     tensor.shape = operands[0].info->shape;
     tensor.result_dtype = work;
     tensor.dtype = recipe_.out_dtype.value_or(work);
 
     std::vector<int> models;
+    std::vector<PlanInput> opened;
     std::vector<std::shared_ptr<const TensorSource>> sources;
     for (const Operand& operand : operands) {
-      ASSIGN_OR_RETURN(const PlanInput input, OpenInput(operand, slice));
+      ASSIGN_OR_RETURN(PlanInput input, OpenInput(operand, slice, at));
       models.push_back(input.model);
       sources.push_back(CastSource(input.source, work));
+      if (operand.info->dtype != work) {
+        input.views.push_back(
+            absl::StrCat(SafetensorsName(operand.info->dtype), " to ", SafetensorsName(work)));
+      }
+      if (aligned) input.views.push_back("rows by token");
+      if (cut) input.views.push_back(absl::StrCat("first ", *cut, " rows"));
+      opened.push_back(std::move(input));
     }
     if (aligned) {
       std::vector<std::string> warnings;
@@ -609,20 +646,24 @@ class Planner {
     }
     tensor.shape = sources[0]->shape();
 
-    const ParamPlace place = PlaceAt(slice, t);
+    const ParamPlace place = PlaceAt(slice, at.t);
     bool base_missing = slice.base >= 0;
     for (size_t i = 0; i < operands.size(); ++i) {
       const Operand& operand = operands[i];
       const Source& source = slice.sources[operand.source];
-      PlanInput input{.model = source.model, .tensor = operand.tensor, .source = sources[i]};
+      PlanInput input = std::move(opened[i]);
+      input.source = sources[i];
       if (operand.source == slice.base) {
         base_missing = false;
         tensor.base = std::move(input);
         continue;
       }
-      ASSIGN_OR_RETURN(input.params, ModelParameters(*method_, place, source.parameters,
-                                                     plan_.models[source.model].ref,
-                                                     inputs[operand.source].name));
+      ASSIGN_OR_RETURN(ResolvedParams own, ModelParameters(*method_, place, source.parameters,
+                                                           plan_.models[source.model].ref,
+                                                           inputs[operand.source].name));
+      param_use_.Add(own.origins);
+      input.params = std::move(own.values);
+      input.origins = std::move(own.origins);
       if (method_->check_input != nullptr) {
         RETURN_IF_ERROR(Annotate(
             method_->check_input(input.params),
@@ -630,7 +671,10 @@ class Planner {
       }
       tensor.inputs.push_back(std::move(input));
     }
-    ASSIGN_OR_RETURN(tensor.params, TensorParameters(*method_, place, output.name));
+    ASSIGN_OR_RETURN(ResolvedParams shared, TensorParameters(*method_, place, output.name));
+    param_use_.Add(shared.origins);
+    tensor.params = std::move(shared.values);
+    tensor.origins = std::move(shared.origins);
     tensor.method = method_;
     NoteNarrowing(operands, slice, work);
     AddUsed(operands, slice);
@@ -692,8 +736,11 @@ class Planner {
       tensor.base.reset();
     }
     tensor.inputs[0].params.clear();
+    tensor.inputs[0].origins.clear();
     tensor.params.clear();
+    tensor.origins.clear();
     tensor.method = nullptr;
+    tensor.notes.push_back("copied: no other model has it");
   }
 
   static ParamPlace PlaceAt(const Slice& slice, double t) {
@@ -737,35 +784,6 @@ class Planner {
           count, " tensors of model ", plan_.models[key.first].ref, " are rounded from ",
           TorchName(key.second), " to ", TorchName(*recipe_.dtype),
           " (`dtype`) before they are merged; `out_dtype` rounds the result only"));
-    }
-  }
-
-  void WarnOfFilters() {
-    std::set<std::string> seen;
-    const auto check = [&](const ParamScope& scope) {
-      for (const auto& [name, setting] : scope) {
-        for (const ParamCase& condition : setting.cases) {
-          if (condition.filter.empty() || condition.filter == "*") continue;
-          if (!seen.insert(absl::StrCat(condition.at.ToString(), condition.filter)).second)
-            continue;
-          const bool matches =
-              std::any_of(known_names_.begin(), known_names_.end(), [&](const std::string& tensor) {
-                return absl::StrContains(tensor, condition.filter);
-              });
-          if (matches) continue;
-          plan_.warnings.push_back(absl::StrCat(condition.at.ToString(),
-                                                ": no tensor's name contains the filter \"",
-                                                condition.filter, "\" of parameter `", name, "`"));
-        }
-      }
-    };
-    check(recipe_.parameters);
-    for (const RecipeModule& module : recipe_.modules) {
-      check(module.parameters);
-      for (const RecipeSlice& slice : module.slices) {
-        check(slice.parameters);
-        for (const RecipeSource& source : slice.sources) check(source.parameters);
-      }
     }
   }
 
@@ -857,7 +875,8 @@ class Planner {
   std::optional<int64_t> cut_rows_;  // of vocabulary tensors that were cut to a common size
   std::vector<ModuleLayers> layers_;
   absl::flat_hash_set<std::string> output_names_;
-  absl::flat_hash_set<std::string> known_names_;          // what filters see
+  absl::flat_hash_set<std::string> known_names_;  // what filters see
+  ParamUse param_use_;
   std::map<int, absl::flat_hash_set<std::string>> used_;  // by model
   std::map<std::pair<int, DType>, int64_t> narrowed_;     // by model and stored dtype
 };

@@ -16,6 +16,7 @@
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/methods/method.h"
 #include "merge/methods/tensor_task.h"
+#include "merge/plan/parameters.h"
 #include "merge/recipe/recipe.h"
 
 namespace pewter {
@@ -43,6 +44,10 @@ struct PlanInput {
   std::string tensor;                          // name in the checkpoint
   std::shared_ptr<const TensorSource> source;  // LoRA applied, cast to the work dtype
   ParamValues params;                          // of scope kModel
+  ParamOrigins origins;                        // of params
+  int64_t layer = -1;                          // of the model; -1: no layer's
+  // What `source` does besides reading: "LoRA ./adapter", "F32 to BF16", "rows by token".
+  std::vector<std::string> views;
 };
 
 // A tensor of the output file.
@@ -65,7 +70,11 @@ struct PlanTensor {
   std::optional<PlanInput> base;
   DType result_dtype =
       DType::kF32;  // the result is rounded to it before `dtype` (mergekit: dtype, then out_dtype)
-  ParamValues params;  // of scopes kTensor and kJob
+  ParamValues params;    // of scopes kTensor and kJob
+  ParamOrigins origins;  // of params
+  int64_t layer = -1;    // of the output's module; -1: no layer's
+  // Decisions that neither recipe nor method tell: "copied: no other model has it".
+  std::vector<std::string> notes;
   int shard = 0;
   int64_t offset = 0;  // in the shard's file
   int64_t bytes = 0;
@@ -118,8 +127,9 @@ struct Plan {
   std::string index_json;                   // empty for a single shard
   std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently; stages too
   std::map<std::string, std::vector<std::string>>
-      unused_tensors;      // model -> tensors that no output reads
-  int64_t read_bytes = 0;  // stored bytes that one pass over all inputs reads
+      unused_tensors;                       // model -> tensors that no output reads
+  std::vector<std::string> absent_tensors;  // optional ones that no model has
+  int64_t read_bytes = 0;                   // stored bytes that one pass over all inputs reads
   int64_t write_bytes = 0;
   int64_t peak_bytes = 0;   // estimate of anonymous memory, stages included
   std::string fingerprint;  // SHA-256 of what decides the output's bytes: recipe, inputs, options,

@@ -129,7 +129,7 @@ absl::Status StageStore::ReadCopied(const PlanShard& shard, int64_t offset,
     const int64_t width = ByteWidth(tensor.dtype);
     const auto count = static_cast<int64_t>(out.size());
     const int64_t first = offset - tensor.offset;
-    if (tensor.method != nullptr || source.dtype() != tensor.dtype ||
+    if (tensor.method != nullptr || tensor.task != nullptr || source.dtype() != tensor.dtype ||
         first + count > tensor.bytes || first % width != 0 || count % width != 0) {
       return NotMerged();
     }

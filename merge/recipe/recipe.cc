@@ -67,12 +67,9 @@ class RecipeReader {
     if (root.kind != Kind::kMapping) {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
     }
+    if (!IsNull(root.Find("layer_slices"))) return ReadLayerSlices(root);
     RETURN_IF_ERROR(CheckKeys(root, "the recipe", kKeys));
-    recipe_.at = root.at;
-    if (const YamlNode* name = root.Find("name"); !IsNull(name)) {
-      ASSIGN_OR_RETURN(recipe_.name, Text(*name, "name"));
-      recipe_.name_at = name->at;
-    }
+    RETURN_IF_ERROR(ReadHead(root));
 
     const YamlNode* method = root.Find("merge_method");
     if (IsNull(method)) {
@@ -81,8 +78,6 @@ class RecipeReader {
     ASSIGN_OR_RETURN(recipe_.merge_method, Text(*method, "merge_method"));
     recipe_.merge_method_at = method->at;
     RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
-    RETURN_IF_ERROR(ReadDType(root, "dtype", recipe_.dtype));
-    RETURN_IF_ERROR(ReadDType(root, "out_dtype", recipe_.out_dtype));
     RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
     RETURN_IF_ERROR(ReadTokenizer(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
@@ -93,6 +88,17 @@ class RecipeReader {
   }
 
  private:
+  // What recipes of every form have.
+  absl::Status ReadHead(const YamlNode& root) {
+    recipe_.at = root.at;
+    if (const YamlNode* name = root.Find("name"); !IsNull(name)) {
+      ASSIGN_OR_RETURN(recipe_.name, Text(*name, "name"));
+      recipe_.name_at = name->at;
+    }
+    RETURN_IF_ERROR(ReadDType(root, "dtype", recipe_.dtype));
+    return ReadDType(root, "out_dtype", recipe_.out_dtype);
+  }
+
   // Refuses keys that are known and not supported; warns of unknown ones, which mergekit ignores.
   absl::Status CheckKeys(const YamlNode& mapping, absl::string_view where,
                          absl::Span<const Key> keys) {
@@ -453,6 +459,62 @@ class RecipeReader {
       slice.sources.push_back(std::move(source));
     }
     return slice;
+  }
+
+  // A configuration of bakllama: runs of layers, stacked. What it calls the sources of embeddings
+  // and output head become slices without layers at the ends.
+  absl::Status ReadLayerSlices(const YamlNode& root) {
+    static constexpr Key kKeys[] = {{"name"},  {"layer_slices"}, {"embedding_source"},
+                                    {"dtype"}, {"out_dtype"},    {"lm_head_source"}};
+    static constexpr Key kSliceKeys[] = {{"model"}, {"start"}, {"end"}, {"scale"}};
+    RETURN_IF_ERROR(CheckKeys(root, "a recipe with `layer_slices`", kKeys));
+    RETURN_IF_ERROR(ReadHead(root));
+    recipe_.merge_method = "passthrough";
+    ASSIGN_OR_RETURN(const YamlNode* slices, List(root, "layer_slices"));
+    if (slices == nullptr) return RecipeError(root.at, "`layer_slices` is empty");
+    recipe_.merge_method_at = slices->at;
+    RecipeModule& module = recipe_.modules.emplace_back();
+    module.name = "default";
+    module.at = slices->at;
+    const auto add_end = [&](absl::string_view key) -> absl::Status {
+      std::optional<ModelRef> model;
+      RETURN_IF_ERROR(ReadOptionalModel(root, key, model));
+      if (!model) return absl::OkStatus();
+      RecipeSlice& slice = module.slices.emplace_back();
+      slice.at = model->at;
+      slice.sources.push_back({.model = *std::move(model), .layer_range = {{0, 0}}});
+      return absl::OkStatus();
+    };
+    RETURN_IF_ERROR(add_end("embedding_source"));
+    for (const YamlNode* item : slices->items) {
+      constexpr absl::string_view kWhere = "an entry of `layer_slices`";
+      if (item->kind != Kind::kMapping) return Expected(*item, kWhere, "a mapping with `model`");
+      RETURN_IF_ERROR(CheckKeys(*item, kWhere, kSliceKeys));
+      std::optional<ModelRef> model;
+      RETURN_IF_ERROR(ReadOptionalModel(*item, "model", model));
+      const auto number = [&](absl::string_view key) {
+        const YamlNode* node = item->Find(key);
+        return node == nullptr ? std::nullopt : YamlInt(*node);
+      };
+      const std::optional<int64_t> start = number("start");
+      const std::optional<int64_t> end = number("end");
+      if (!model || !start || !end || *start < 0 || *end <= *start) {
+        return RecipeError(item->at, absl::StrCat(kWhere,
+                                                  " needs `model`, and `start` and `end` with at "
+                                                  "least one layer from `start` up to, not "
+                                                  "including, `end`"));
+      }
+      RecipeSlice& slice = module.slices.emplace_back();
+      slice.at = item->at;
+      RecipeSource source{.model = *std::move(model), .layer_range = {{*start, *end}}};
+      if (const YamlNode* scale = item->Find("scale"); !IsNull(scale)) {
+        ASSIGN_OR_RETURN(ParamCase scaled, ReadValue(*scale, "scale"));
+        scaled.filter = "down_proj";
+        source.parameters["scale"] = {.cases = {std::move(scaled)}, .at = scale->at};
+      }
+      slice.sources.push_back(std::move(source));
+    }
+    return add_end("lm_head_source");
   }
 
   // `models` or `slices` of the recipe or of a module.

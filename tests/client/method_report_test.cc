@@ -1,5 +1,11 @@
 #include "client/method_report.h"
 
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "client/recipe_schema.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "merge/recipe/recipe.h"
@@ -21,6 +27,35 @@ TEST(MethodReportTest, ExamplesAreRecipes) {
         EXPECT_THAT(example, HasSubstr(std::string(param.name) + ": "));
       }
     }
+  }
+}
+
+TEST(MethodReportTest, TheManualIsUpToDate) {
+  const std::string file = PEWTER_SOURCE_DIR "/docs/methods.md";
+  std::ifstream stream(file);
+  const std::string text{std::istreambuf_iterator<char>(stream), {}};
+  EXPECT_EQ(text, MethodsToMarkdown())
+      << "the table of methods has changed: pewter methods --markdown > docs/methods.md";
+  for (const MergeMethod* method : Methods()) {
+    for (const Param& param : method->params) {
+      EXPECT_THAT(text, HasSubstr(absl::StrCat("| `", param.name, "` | ")));
+    }
+  }
+}
+
+// Every key that the schema allows is one that the parser knows.
+TEST(RecipeSchemaTest, KeysAreOnesOfTheParser) {
+  const Json schema = RecipeSchema();
+  for (const auto& [key, value] : schema["properties"].items()) {
+    if (key == "merge_method" || key == "models") continue;
+    const auto recipe =
+        ParseRecipe(absl::StrCat("merge_method: linear\nmodels: [{model: a}]\n", key, ": null\n"));
+    ASSERT_TRUE(recipe.ok()) << recipe.status();
+    EXPECT_THAT(recipe->warnings, testing::IsEmpty());
+  }
+  for (const MergeMethod* method : Methods()) {
+    const Json& own = schema["definitions"][method->name]["properties"];
+    EXPECT_EQ(own.size(), method->params.size()) << method->name;
   }
 }
 

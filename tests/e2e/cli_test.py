@@ -549,6 +549,108 @@ def test_methods(cli):
     assert '"slerp"' in cli("methods", "slurp", expect=USAGE).err
 
 
+def write_models_of(cli, recipe):
+    """The models that an example recipe names, as tiny fine-tunes of one base."""
+    for i, name in enumerate(sorted(set(re.findall(r"\./[\w-]+", recipe)))):
+        write_llama(cli.folder / name, seed=30 + i)
+
+
+@pytest.mark.parametrize("method", json.loads(subprocess.run([PEWTER, "methods", "-o", "json"], capture_output=True, check=True).stdout),
+                         ids=lambda method: method["name"])  # fmt: skip
+def test_the_example_of_every_method_runs(cli, method):
+    write_models_of(cli, method["example"])
+    result = json.loads(cli("merge", cli.recipe(method["example"]), "out", "--strict", "--set", "dtype=float32", "-o", "json").out)
+    assert result["method"] == method["name"] and result["tensors"] == len(llama_tensors(0))
+    assert result["warnings"] == []
+
+
+def test_the_schema_takes_what_the_parser_takes(cli):
+    jsonschema = pytest.importorskip("jsonschema")
+    yaml = pytest.importorskip("yaml")
+    schema = json.loads(cli("methods", "--schema").out)
+    jsonschema.Draft7Validator.check_schema(schema)
+    validator = jsonschema.Draft7Validator(schema)
+    for method in json.loads(cli("methods", "-o", "json").out):
+        validator.validate(yaml.safe_load(method["example"]))
+    good = yaml.safe_load(
+        "merge_method: ties\nbase_model: {model: {path: a}, lora: b}\ndtype: bfloat16\n"
+        "slices:\n- sources:\n  - {model: a, layer_range: [0, 2], parameters: {density: [0.1, 0.5]}}\n"
+        "parameters: {weight: [{filter: mlp, value: [0, 1]}, {value: 0.5}], normalize: false}\n"
+    )
+    validator.validate(good)
+    wrong = [
+        {**good, "merge_method": "tiess"},
+        {**good, "models": [{"model": "a"}]},
+        {**good, "densty": 1},
+        {**good, "parameters": {"normalize": 3}},
+        {**good, "parameters": {"t": 0.5}},
+        {**good, "dtype": "int8"},
+    ]
+    for recipe in wrong:
+        assert list(validator.iter_errors(recipe)), recipe
+
+
+def test_plan_explains(cli, models):
+    recipe = (
+        "merge_method: passthrough\nslices:\n"
+        "  - sources: [{model: a, layer_range: [0, 2]}]\n"
+        "  - sources: [{model: b, layer_range: [1, 2], parameters: {scale: [{filter: mlp, value: 0.5}]}}]\n"
+    )
+    path = cli.recipe(recipe)
+    text = cli("plan", path).out
+    assert re.search(r"model\.layers\.2 +b 1\n", text), text
+    name = "model.layers.2.mlp.up_proj.weight"
+    text = cli("plan", path, "--tensor", name).out
+    assert text.splitlines()[0].startswith(name) and "model.layers.1.mlp.up_proj.weight" in text
+    assert 'scale=0.5 (model, recipe:4:' in text and 'filter "mlp"' in text
+    several = cli("plan", path, "--tensor", "model.layers.[01].mlp.*", "--tensor", "lm_head.weight").out
+    assert several.count("\n    ") == 7
+    assert "did you mean" in cli("plan", path, "--tensor", name + "s", expect=NOT_FOUND).err
+    plan = json.loads(cli("plan", path, "-o", "json").out)
+    (tensor,) = [tensor for tensor in plan["tensors"] if tensor["name"] == name]
+    assert tensor["layer"] == 2 and tensor["inputs"][0]["layer"] == 1
+    assert tensor["inputs"][0]["parameter_origins"]["scale"]["level"] == "model"
+    assert tensor["inputs"][0]["parameter_origins"]["scale"]["line"] == 4
+    cli("merge", path, "out", "--set", "dtype=bfloat16")
+    manifest = json.loads((cli.folder / "out/pewter_manifest.json").read_text())
+    assert set(manifest["decisions"]) == {"defaults", "tensors", "absent_tensors"}
+    cli("merge", cli.recipe(linear("a", "b")), "mean")
+    manifest = json.loads((cli.folder / "mean/pewter_manifest.json").read_text())
+    assert manifest["decisions"]["defaults"] == {"normalize": True}
+
+
+def test_options_of_mergekit(cli, models):
+    path = cli.recipe(linear("a", "b"))
+    done = cli(
+        "merge", path, "out", "--no-cuda", "--copy-tokenizer", "--write-model-card", "--safe-serialization",
+        "--lora-merge-cache", "cache", "--lazy-unpickle", "--low-cpu-memory", "--trust-remote-code",
+        "--clone-tensors", "--async-write", "--write-threads", "4", "--random-seed", "7", "-v", "-v",
+        "--out-shard-size", "20K", "--allow-crimes", "-j", "1",
+    )  # fmt: skip
+    for word in ("--lora-merge-cache", "--lazy-unpickle", "--low-cpu-memory", "--trust-remote-code", "--write-threads"):
+        assert f"note: {word} changes nothing: " in done.err
+    assert len(cli.hashes("out")) > 1 and not (cli.folder / "cache").exists()
+    for file in (cli.folder / "out").glob("*.safetensors"):
+        assert sum(array.nbytes for array in read_safetensors(file).values()) <= 20_000
+    assert "--no-cuda" in cli("merge", "--help").out
+    assert "is not a size" in cli("merge", path, "more", "--out-shard-size", "5G", expect=USAGE).err
+    cli("merge", path, "one", "--out-shard-size", "0", "--quiet")
+    assert list(cli.hashes("one")) == ["model.safetensors"]
+
+
+def test_bakllama(cli, models):
+    path = cli.recipe(
+        "layer_slices:\n  - {model: a, start: 0, end: 2}\n  - {model: b, start: 0, end: 1, scale: 0.5}\n"
+        "embedding_source: b\n"
+    )
+    cli("merge", path, "out")
+    tensors = read_safetensors(cli.folder / "out/model.safetensors")
+    down = "model.layers.{}.mlp.down_proj.weight"
+    assert (tensors["model.embed_tokens.weight"] == models["b"]["model.embed_tokens.weight"]).all()
+    assert (tensors[down.format(1)] == models["a"][down.format(1)]).all()
+    assert (tensors[down.format(2)] == models["b"][down.format(0)] / 2).all()
+
+
 def test_inspect(cli, models):
     text = cli("inspect", "b").out
     for word in ("LlamaForCausalLM", "F32", "model-00003-of-00003.safetensors"):

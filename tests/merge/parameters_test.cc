@@ -116,7 +116,7 @@ TEST(ParametersTest, AgreeWithAnIndependentEvaluator) {
     const auto weight =
         ModelParameters(kMethod, place(slice_w, module_w, recipe_w), &own_scope, "m", tensor);
     ASSERT_THAT(weight, IsOk());
-    EXPECT_NEAR(std::get<double>(weight->at("weight")),
+    EXPECT_NEAR(std::get<double>(weight->values.at("weight")),
                 PlainLookup({&own, &slice, &module, &recipe}, tensor, t, 100), 1e-9)
         << seed;
 
@@ -126,7 +126,7 @@ TEST(ParametersTest, AgreeWithAnIndependentEvaluator) {
       const auto shared = TensorParameters(kMethod, place(s, m, r), tensor);
       ASSERT_THAT(shared, IsOk());
       const bool job = std::string(name) == "seed";
-      EXPECT_NEAR(std::get<double>(shared->at(name)),
+      EXPECT_NEAR(std::get<double>(shared->values.at(name)),
                   job ? PlainLookup({&recipe}, tensor, t, 300)
                       : PlainLookup({&slice, &module, &recipe}, tensor, t, 200),
                   1e-9)
@@ -145,7 +145,9 @@ absl::StatusOr<ParamValues> Value(Param param, std::vector<ParamScalar> values, 
   recipe.parameters = scope;
   std::vector<std::string> warnings;
   if (auto status = CheckParameters(recipe, method, warnings); !status.ok()) return status;
-  return TensorParameters(method, {.recipe = &scope, .t = t}, "x");
+  auto params = TensorParameters(method, {.recipe = &scope, .t = t}, "x");
+  if (!params.ok()) return params.status();
+  return std::move(params->values);
 }
 
 auto Fails(const char* part) {
@@ -185,7 +187,7 @@ TEST(ParametersTest, UnsetIsAbsent) {
   const MergeMethod method = {.name = "test", .params = {{.name = "p", .fallback = Unset{}}}};
   const auto values = TensorParameters(method, {}, "x");
   ASSERT_THAT(values, IsOk());
-  EXPECT_TRUE(values->empty());
+  EXPECT_TRUE(values->values.empty());
 }
 
 }  // namespace

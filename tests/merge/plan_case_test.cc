@@ -97,6 +97,30 @@ std::string Describe(const Plan& plan, const PlanTensor& tensor) {
   return text;
 }
 
+// One line a fact: "TENSOR: NOTE", "TENSOR: layer 3", "TENSOR t: ORIGIN", "TENSOR ./a weight:
+// ORIGIN", "TENSOR ./a: VIEW", "TENSOR ./a: layer 7".
+std::vector<std::string> Explanations(const Plan& plan) {
+  std::vector<std::string> facts;
+  const auto add = [&](const std::string& whose, const ParamOrigins& origins,
+                       const std::vector<std::string>& rest, int64_t layer) {
+    for (const auto& [name, origin] : origins) {
+      facts.push_back(absl::StrCat(whose, " ", name, ": ", origin.ToString()));
+    }
+    for (const std::string& fact : rest) facts.push_back(absl::StrCat(whose, ": ", fact));
+    if (layer >= 0) facts.push_back(absl::StrCat(whose, ": layer ", layer));
+  };
+  for (const PlanTensor& tensor : plan.tensors) {
+    add(tensor.name, tensor.origins, tensor.notes, tensor.layer);
+    const auto add_input = [&](const PlanInput& input) {
+      add(absl::StrCat(tensor.name, " ", plan.models[input.model].ref), input.origins, input.views,
+          input.layer);
+    };
+    if (tensor.base) add_input(*tensor.base);
+    for (const PlanInput& input : tensor.inputs) add_input(input);
+  }
+  return facts;
+}
+
 class PlanCaseTest : public ::testing::TestWithParam<Case> {
  protected:
   static void SetUpTestSuite() { zoo_ = new testing::PlanZoo; }
@@ -114,7 +138,8 @@ TEST_P(PlanCaseTest, IsAsStated) {
   for (const YamlNode::Entry& entry : node.entries) {
     EXPECT_THAT((std::vector<std::string>{"name", "recipe", "set", "options", "error", "warnings",
                                           "no_warnings", "count", "tensors", "absent", "order",
-                                          "config", "files", "no_files", "shards", "unused"}),
+                                          "config", "files", "no_files", "shards", "unused",
+                                          "explained", "absent_optional"}),
                 Contains(entry.key->text));
   }
   PlanOptions options{.memory_bytes = int64_t{1} << 30, .device = "cpu"};
@@ -158,6 +183,12 @@ TEST_P(PlanCaseTest, IsAsStated) {
   for (const PlanTensor& tensor : plan->tensors) {
     tensors.push_back(Describe(*plan, tensor));
     names.push_back(tensor.name);
+  }
+  for (const std::string& part : Texts(node.Find("explained"))) {
+    EXPECT_THAT(Explanations(*plan), Contains(part));
+  }
+  if (const YamlNode* absent = node.Find("absent_optional")) {
+    EXPECT_THAT(plan->absent_tensors, ::testing::IsSupersetOf(Texts(absent)));
   }
   if (const YamlNode* count = node.Find("count")) {
     EXPECT_EQ(static_cast<int64_t>(tensors.size()), *YamlInt(*count)) << absl::StrJoin(names, "\n");
