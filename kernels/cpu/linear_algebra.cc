@@ -21,7 +21,24 @@ namespace {
 // in a core's cache, and widening them is a small share of multiplying. Never depends on threads.
 constexpr int64_t kBlock = 512;
 
-// Some builds of the library have threads of their own, whose number changes the bits.
+// Of the library's builds the one without threads may not be called by two threads at once: calls
+// then take turns.
+class LibraryCall {
+ public:
+  LibraryCall() : lock_(mutex(), std::defer_lock) {
+    static const bool take_turns = openblas_get_parallel() == OPENBLAS_SEQUENTIAL;
+    if (take_turns) lock_.lock();
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static auto* const mutex = new std::mutex;
+    return *mutex;
+  }
+  std::unique_lock<std::mutex> lock_;
+};
+
+// The other builds have threads of their own, whose number changes the bits.
 void UseOneThread() {
   static const bool once = [] {
     openblas_set_num_threads(1);
@@ -118,6 +135,7 @@ absl::Status Eigen(const LinearAlgebra::EigenProblem& problem) {
   std::vector<double> work(work_size);
   std::vector<lapack_int> int_work(int_work_size);
   lapack_int info = 0;
+  const LibraryCall call;
   LAPACK_dsyevd("V", "U", &order, a.data, &stride, problem.values->data(), work.data(), &work_size,
                 int_work.data(), &int_work_size, &info);
   if (info != 0) return NotConverged("eigenvalue iteration", info);
@@ -147,6 +165,7 @@ absl::Status SvdOf(const LinearAlgebra::SvdProblem& problem) {
     LAPACK_dgesdd("S", &rows, &columns, a.data, &a_stride, problem.values->data(), problem.vt.data,
                   &vt_stride, problem.u.data, &u_stride, work, &work_size, int_work.data(), &info);
   };
+  const LibraryCall turn;
   call(&wanted);
   work_size = static_cast<lapack_int>(wanted);
   std::vector<double> work(work_size);
@@ -208,6 +227,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
     const lapack_int work_size = Int(64 * std::max(a.rows, a.columns));
     std::vector<double> work(work_size), tau(k);
     lapack_int info = 0;
+    const LibraryCall call;
     LAPACK_dgelqf(&rows, &columns, a.data, &stride, tau.data(), work.data(), &work_size, &info);
     if (info != 0) return absl::InternalError(absl::StrCat("dgelqf: ", info));
     for (int64_t i = 0; i < k; ++i) {
@@ -230,6 +250,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
     }
     const lapack_int order = Int(n), stride = Stride(a);
     lapack_int info = 0;
+    const LibraryCall call;
     LAPACK_dpotrf("U", &order, a.data, &stride, &info);
     if (info != 0) {
       return absl::FailedPreconditionError(
@@ -273,6 +294,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
         const double* const right =
             transpose_b ? Widen(b, j, columns, k, depth, scratch[thread].b, &b_stride)
                         : Widen(b, k, depth, j, columns, scratch[thread].b, &b_stride);
+        const LibraryCall call;
         cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
                     transpose_b ? CblasTrans : CblasNoTrans, Int(rows), Int(columns), Int(depth),
                     alpha, left, Int(a_stride), right, Int(b_stride), 1, to, Int(c.stride));
