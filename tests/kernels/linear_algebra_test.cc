@@ -190,7 +190,8 @@ TEST_P(LinearAlgebraTest, EmptyMatrices) {
 
 TEST_P(LinearAlgebraTest, GramOfADifferenceOfNarrowTypesIsExactlyWidened) {
   for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32, DType::kF64}) {
-    for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{7, 300}, {530, 60}}) {
+    for (const auto& extents : {std::pair<int64_t, int64_t>{7, 300}, {530, 60}}) {
+      const int64_t rows = extents.first, columns = extents.second;
       const int64_t stride = columns + 1;
       const auto stored = [&](int seed) {
         const Dense m = Random(rows, stride, seed);

@@ -477,8 +477,9 @@ TEST_P(ReduceTest, TilesGiveTheBitsOfTheWhole) {
 
 TEST_P(ReduceTest, ColumnsAreSummedRowByRow) {
   for (DType dtype : kFloats) {
-    for (const auto& [rows, columns] :
+    for (const auto& extents :
          {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {40, 5}, {3, 2100}, {129, 64}}) {
+      const int64_t rows = extents.first, columns = extents.second;
       const int64_t size = rows * columns, first = 11 * columns;
       Inputs inputs(dtype, 4, size, 1, false, 29);
       inputs.Upload(backend());

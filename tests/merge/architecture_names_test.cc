@@ -53,7 +53,7 @@ json Config(const json& entry) {
   }
   json config = counts;
   config["text_config"] = config["vision_config"] = counts;
-  config["architectures"] = {entry["architecture"]};
+  config["architectures"] = json::array({entry["architecture"]});
   config["model_type"] = entry["model_type"];
   return config;
 }
