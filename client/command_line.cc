@@ -16,6 +16,8 @@ constexpr Command kCommands[] = {
     {"convert", "Write a model as safetensors, also from a PyTorch file", &DeclareConvert},
     {"inspect", "Show what a model, an adapter or a merge result holds", &DeclareInspect},
     {"diff", "Compare the weights of two models", &DeclareDiff},
+    {"shuffle-layers", "Stack layers of several models that are drawn at random",
+     &DeclareShuffleLayers},
     {"submit", "Have a server merge", &DeclareSubmit},
     {"jobs", "List, show, follow, cancel and delete jobs of a server", &DeclareJobs},
     {"completion", "Print completions for a shell", &DeclareCompletion},

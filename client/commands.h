@@ -31,6 +31,7 @@ CommandBody DeclareMethods(CLI::App& app);
 CommandBody DeclareConvert(CLI::App& app);
 CommandBody DeclareInspect(CLI::App& app);
 CommandBody DeclareDiff(CLI::App& app);
+CommandBody DeclareShuffleLayers(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);
 CommandBody DeclareJobs(CLI::App& app);
 CommandBody DeclareCompletion(CLI::App& app);

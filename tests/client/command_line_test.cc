@@ -28,6 +28,7 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
       {"extract-lora",
        "extract-lora --model a --base-model b --out-path c -i x -e y --no-distribute-scale"},
       {"jobs", "jobs list"},
+      {"shuffle-layers", "shuffle-layers out -m a -w 1 -m b -w 2"},
       {"completion", "completion bash"},
   };
   std::set<std::string> covered;

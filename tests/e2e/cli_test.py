@@ -638,6 +638,25 @@ def test_options_of_mergekit(cli, models):
     assert list(cli.hashes("one")) == ["model.safetensors"]
 
 
+def test_shuffle_layers(cli, models):
+    draw = ["-m", "./a", "-w", "1", "-m", "./b", "-w", "1"]
+    first = cli("shuffle-layers", "out", *draw, "--seed", "3", "--print-yaml", "--dry-run").out
+    assert "merge_method: passthrough" in first and not (cli.folder / "out").exists()
+    assert cli("shuffle-layers", "out", *draw, "--seed", "3", "--print-yaml", "--dry-run").out == first
+    cli("shuffle-layers", "out", *draw, "--seed", "3", "--write-yaml", "drawn.yaml")
+    assert (cli.folder / "drawn.yaml").read_text() == first
+    cli("merge", "drawn.yaml", "again")
+    assert cli.hashes("again") == cli.hashes("out")
+    tensors = read_safetensors(cli.folder / "out/model.safetensors")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert any((tensors[name] == models[model][name]).all() for model in models)
+    full = cli("shuffle-layers", "full", *draw, "--full-random", "--fp16", "--print-yaml").out
+    assert full.count("sources:") == 4 and "float16" in full
+    assert json.loads((cli.folder / "full/config.json").read_text())["num_hidden_layers"] == 4
+    assert "one --weight for each" in cli("shuffle-layers", "x", "-m", "a", "-m", "b", "-w", "1", expect=USAGE).err
+
+
 def test_bakllama(cli, models):
     path = cli.recipe(
         "layer_slices:\n  - {model: a, start: 0, end: 2}\n  - {model: b, start: 0, end: 1, scale: 0.5}\n"
