@@ -7,7 +7,7 @@ pkg_check_modules(isal REQUIRED IMPORTED_TARGET libisal>=2.30)
 # BLAS and LAPACK in one library; lapack.h comes with LAPACKE, of which nothing is linked.
 pkg_check_modules(openblas REQUIRED IMPORTED_TARGET openblas>=0.3.21)
 find_path(PEWTER_LAPACK_INCLUDE lapack.h REQUIRED)
-pkg_check_modules(minizip REQUIRED IMPORTED_TARGET minizip)
+find_package(ZLIB 1.2.13 REQUIRED)
 pkg_check_modules(re2 REQUIRED IMPORTED_TARGET re2)
 find_package(yaml-cpp 0.7 REQUIRED)
 find_package(nlohmann_json 3.11 REQUIRED)

@@ -1,11 +1,8 @@
 #include "merge/checkpoint/torch_file.h"
 
-#include <minizip/unzip.h>
+#include <zlib.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <tuple>
 #include <utility>
@@ -23,6 +20,7 @@
 #include "merge/checkpoint/pickle.h"
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/strided.h"
+#include "merge/checkpoint/zip_directory.h"
 
 namespace pewter {
 namespace {
@@ -35,8 +33,6 @@ constexpr absl::string_view kLegacyMagic("\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\x
 constexpr size_t kProtoBytes = 2;
 constexpr size_t kFrameBytes = 9;
 constexpr int64_t kMaxHeaderBytes = int64_t{256} << 20;
-constexpr size_t kMaxEntryName = 1024;
-constexpr size_t kMaxEntries = size_t{1} << 19;
 // Reading a tensor's scattered elements must not take minutes.
 constexpr int64_t kMaxStridedReads = int64_t{1} << 24;
 constexpr absl::string_view kNestedKeys[] = {"state_dict", "model_state_dict", "model"};
@@ -293,106 +289,36 @@ absl::Status Truncated(const absl::Status& status) {
 
 // --- ZIP -------------------------------------------------------------------------------------
 
-// An object as minizip reads it: the block that was read last is kept, since it asks byte by byte.
-class ZipStream {
- public:
-  ZipStream(ObjectStore& store, absl::string_view key, int64_t size)
-      : store_(store), key_(key), size_(size) {}
-
-  // Of the last read that failed.
-  const absl::Status& status() const { return status_; }
-
-  zlib_filefunc64_def Functions() {
-    return {
-        .zopen64_file = [](void* self, const void*, int) { return self; },
-        .zread_file = [](void*, void* self, void* to, uLong count) -> uLong {
-          return static_cast<ZipStream*>(self)->Read(static_cast<char*>(to), count);
-        },
-        .zwrite_file = [](void*, void*, const void*, uLong) -> uLong { return 0; },
-        .ztell64_file = [](void*, void* self) -> ZPOS64_T {
-          return static_cast<ZipStream*>(self)->at_;
-        },
-        .zseek64_file = [](void*, void* self, ZPOS64_T offset, int origin) -> long {
-          return static_cast<ZipStream*>(self)->Seek(offset, origin);
-        },
-        .zclose_file = [](void*, void*) { return 0; },
-        .zerror_file = [](void*, void*) { return 0; },
-        .opaque = this,
-    };
-  }
-
- private:
-  static constexpr uint64_t kBlock = 4096;
-
-  uLong Read(char* to, uLong count) {
-    uLong done = 0;
-    while (done < count && at_ < static_cast<uint64_t>(size_)) {
-      const uint64_t block = at_ / kBlock;
-      const uint64_t begin = block * kBlock;
-      const uint64_t bytes = std::min<uint64_t>(kBlock, size_ - begin);
-      if (block != block_) {
-        status_ = store_.ReadInto(key_, static_cast<int64_t>(begin), {buffer_.data(), bytes});
-        if (!status_.ok()) return done;
-        block_ = block;
-      }
-      const uint64_t part = std::min<uint64_t>(count - done, begin + bytes - at_);
-      std::memcpy(to + done, buffer_.data() + (at_ - begin), part);
-      done += part;
-      at_ += part;
-    }
-    return done;
-  }
-
-  long Seek(uint64_t offset, int origin) {
-    const uint64_t from = origin == ZLIB_FILEFUNC_SEEK_SET   ? 0
-                          : origin == ZLIB_FILEFUNC_SEEK_CUR ? at_
-                                                             : static_cast<uint64_t>(size_);
-    // Wraps for a negative offset, which is then out of range.
-    const uint64_t to = from + offset;
-    if (to > static_cast<uint64_t>(size_)) return -1;
-    at_ = to;
-    return 0;
-  }
-
-  ObjectStore& store_;
-  const absl::string_view key_;
-  const int64_t size_;
-  uint64_t at_ = 0;
-  uint64_t block_ = ~uint64_t{0};
-  std::array<std::byte, kBlock> buffer_;
-  absl::Status status_;
-};
-
 class ZipReader {
  public:
   ZipReader(ObjectStore& store, absl::string_view key, int64_t size)
-      : store_(store), key_(key), size_(size), stream_(store, key, size) {}
+      : store_(store), key_(key), size_(size) {}
 
   absl::StatusOr<TorchFile> Read() {
-    zlib_filefunc64_def functions = stream_.Functions();
-    zip_.reset(unzOpen2_64(nullptr, &functions));
-    if (zip_ == nullptr) return Failed("its ZIP directory is missing: truncated?");
-    RETURN_IF_ERROR(ReadDirectory());
+    ASSIGN_OR_RETURN(std::vector<ZipEntry> entries, ReadZipDirectory(store_, key_, size_));
+    RETURN_IF_ERROR(FindRoot(entries));
+    std::vector<StorageBytes> all, data;
+    for (ZipEntry& entry : entries) {
+      const StorageBytes bytes{entry.offset, entry.bytes};
+      all.push_back(bytes);
+      absl::string_view key = entry.name;
+      if (absl::ConsumePrefix(&key, absl::StrCat(root_, "data/"))) {
+        data.push_back(bytes);
+        storages_[key] = bytes;
+      }
+      by_name_[entry.name] = std::move(entry);
+    }
+    RETURN_IF_ERROR(RestOfFile(std::move(all), size_).status());
     if (by_name_.contains(absl::StrCat(root_, "constants.pkl"))) {
       return absl::FailedPreconditionError(
           "it is a TorchScript program; save its state_dict instead");
     }
     RETURN_IF_ERROR(CheckByteOrder());
     TorchFile file;
-    {
-      std::vector<StorageBytes> all, data;
-      for (const auto& [name, entry] : by_name_) {
-        all.push_back(entry.bytes);
-        absl::string_view storage = name;
-        if (!absl::ConsumePrefix(&storage, absl::StrCat(root_, "data/"))) continue;
-        data.push_back(entry.bytes);
-        storages_[storage] = entry.bytes;
-      }
-      RETURN_IF_ERROR(RestOfFile(std::move(all), size_).status());
-      ASSIGN_OR_RETURN(const std::vector<StorageBytes> rest, RestOfFile(std::move(data), size_));
-      ASSIGN_OR_RETURN(file.header, ReadRanges(store_, key_, rest));
-    }
-    ASSIGN_OR_RETURN(const std::string bytes, ReadEntry(pickle_name_, Pickle::kMaxBytes));
+    ASSIGN_OR_RETURN(const std::vector<StorageBytes> rest, RestOfFile(std::move(data), size_));
+    ASSIGN_OR_RETURN(file.header, ReadRanges(store_, key_, rest));
+    ASSIGN_OR_RETURN(const std::string bytes,
+                     ReadEntry(absl::StrCat(root_, kPickle), Pickle::kMaxBytes));
     const absl::StatusOr<Pickle> pickle = Pickle::Parse(bytes);
     if (!pickle.ok()) return Truncated(pickle.status());
     if (pickle->size() != bytes.size()) return Malformed("bytes after the end of its pickle");
@@ -401,112 +327,53 @@ class ZipReader {
   }
 
  private:
-  struct Entry {
-    StorageBytes bytes;
-    unz64_file_pos place;
-  };
+  static constexpr absl::string_view kPickle = "data.pkl";
 
-  absl::Status Failed(absl::string_view what) const {
-    return stream_.status().ok() ? Malformed(what) : stream_.status();
-  }
-
-  absl::Status ReadDirectory() {
-    int result = unzGoToFirstFile(zip_.get());
-    RETURN_IF_ERROR(CheckBegin());
-    for (; result == UNZ_OK; result = unzGoToNextFile(zip_.get())) {
-      RETURN_IF_ERROR(AddEntry());
-    }
-    if (result != UNZ_END_OF_LIST_OF_FILE) return Failed("its ZIP directory is damaged");
-    if (pickle_name_.empty()) return Malformed("there is no data.pkl in it");
-    for (const auto& [name, entry] : by_name_) {
-      if (!absl::StartsWith(name, root_)) {
-        return Malformed(absl::StrCat("entry ", Printable(name), " is outside ", root_));
-      }
-    }
-    return absl::OkStatus();
-  }
-
-  // minizip takes a file that has something else before the archive.
-  absl::Status CheckBegin() {
-    std::array<std::byte, kZipMagic.size()> begin;
-    RETURN_IF_ERROR(store_.ReadInto(key_, 0, absl::MakeSpan(begin)));
-    std::array<std::byte, 4> entry;
-    const int64_t at = static_cast<int64_t>(unzGetOffset64(zip_.get()));
-    if (at > size_ - 4) return Malformed("its ZIP directory is damaged");
-    RETURN_IF_ERROR(store_.ReadInto(key_, at, absl::MakeSpan(entry)));
-    if (std::memcmp(entry.data(), "PK\x01\x02", 4) == 0) return absl::OkStatus();
-    return Malformed("its ZIP directory is not where it should be");
-  }
-
-  absl::Status AddEntry() {
-    std::array<char, kMaxEntryName + 1> buffer;
-    unz_file_info64 info;
-    if (unzGetCurrentFileInfo64(zip_.get(), &info, buffer.data(), buffer.size(), nullptr, 0,
-                                nullptr, 0) != UNZ_OK) {
-      return Failed("its ZIP directory is damaged");
-    }
-    if (by_name_.size() == kMaxEntries) return Malformed("too many entries");
-    if (info.size_filename > kMaxEntryName) return Malformed("the name of an entry is too long");
-    const std::string name(buffer.data(), info.size_filename);
-    if (!IsUtf8(name)) return Malformed("the name of an entry is no UTF-8 text");
-    const auto bad = [&](absl::string_view what) {
-      return Malformed(absl::StrCat("entry ", Printable(name), ": ", what));
-    };
-    for (absl::string_view part : absl::StrSplit(name, '/')) {
-      if (part.empty() || part == "." || part == ".." || absl::StrContains(part, '\\') ||
-          part.find('\0') != absl::string_view::npos) {
-        return bad("not a name that torch.save gives");
-      }
-    }
-    if ((info.flag & 1) != 0) return bad("it is encrypted");
-    if (info.compression_method != 0) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("entry ", Printable(name),
-                       " is compressed, which torch.save never does: unpack the archive and pack "
-                       "it again with `zip -0`, or load and save it in PyTorch"));
-    }
-    if (info.compressed_size != info.uncompressed_size) return bad("it has two sizes");
-    if (unzOpenCurrentFile2(zip_.get(), nullptr, nullptr, /*raw=*/1) != UNZ_OK) {
-      return Failed(absl::StrCat("entry ", Printable(name), " is not as the directory says"));
-    }
-    const uint64_t offset = unzGetCurrentFileZStreamPos64(zip_.get());
-    unzCloseCurrentFile(zip_.get());
-    if (offset > static_cast<uint64_t>(size_) || info.uncompressed_size > size_ - offset) {
-      return bad("it ends after the end of the file: truncated");
-    }
-    Entry entry{
-        .bytes = {static_cast<int64_t>(offset), static_cast<int64_t>(info.uncompressed_size)}};
-    unzGetFilePos64(zip_.get(), &entry.place);
-    const auto [added, is_new] = by_name_.try_emplace(name, entry);
-    if (!is_new) return bad("it is there twice");
-    const std::vector<absl::string_view> parts = absl::StrSplit(name, '/');
-    if (parts.size() == 2 && parts[1] == "data.pkl") {
-      if (!pickle_name_.empty()) return Malformed("there are two data.pkl in it");
-      pickle_name_ = name;
+  absl::Status FindRoot(absl::Span<const ZipEntry> entries) {
+    for (const ZipEntry& entry : entries) {
+      RETURN_IF_ERROR(CheckEntry(entry));
+      const std::vector<absl::string_view> parts = absl::StrSplit(entry.name, '/');
+      if (parts.size() != 2 || parts[1] != kPickle) continue;
+      if (!root_.empty()) return Malformed("there are two data.pkl in it");
       root_ = absl::StrCat(parts[0], "/");
     }
+    if (root_.empty()) return Malformed("there is no data.pkl in it");
+    for (const ZipEntry& entry : entries) {
+      if (absl::StartsWith(entry.name, root_)) continue;
+      return Malformed(absl::StrCat("entry ", Printable(entry.name), " is outside ", root_));
+    }
     return absl::OkStatus();
+  }
+
+  static absl::Status CheckEntry(const ZipEntry& entry) {
+    if (!IsUtf8(entry.name)) return Malformed("the name of an entry is no UTF-8 text");
+    for (absl::string_view part : absl::StrSplit(entry.name, '/')) {
+      if (part.empty() || part == "." || part == ".." || absl::StrContains(part, '\\') ||
+          part.find('\0') != absl::string_view::npos) {
+        return Malformed(
+            absl::StrCat("entry ", Printable(entry.name), ": not a name that torch.save gives"));
+      }
+    }
+    if (!entry.compressed) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat("entry ", Printable(entry.name),
+                     " is compressed, which torch.save never does: unpack the archive and pack "
+                     "it again with `zip -0`, or load and save it in PyTorch"));
   }
 
   // Checks the entry's CRC, too.
   absl::StatusOr<std::string> ReadEntry(const std::string& name, int64_t limit) {
-    const Entry& entry = by_name_.at(name);
-    if (entry.bytes.bytes > limit) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("entry ", Printable(name), " has ", FormatBytes(entry.bytes.bytes),
-                       "; at most ", FormatBytes(limit), " are expected"));
+    const ZipEntry& entry = by_name_.at(name);
+    if (entry.bytes > limit) {
+      return absl::FailedPreconditionError(absl::StrCat("entry ", Printable(name), " has ",
+                                                        FormatBytes(entry.bytes), "; at most ",
+                                                        FormatBytes(limit), " are expected"));
     }
-    std::string bytes(entry.bytes.bytes, '\0');
-    if (unzGoToFilePos64(zip_.get(), &entry.place) != UNZ_OK ||
-        unzOpenCurrentFile(zip_.get()) != UNZ_OK) {
-      return Failed(absl::StrCat("entry ", Printable(name), " cannot be read"));
-    }
-    const int read = unzReadCurrentFile(zip_.get(), bytes.data(), bytes.size());
-    const int closed = unzCloseCurrentFile(zip_.get());
-    if (read != static_cast<int>(bytes.size())) {
-      return Failed(absl::StrCat("entry ", Printable(name), " cannot be read"));
-    }
-    if (closed == UNZ_CRCERROR) {
+    std::string bytes(entry.bytes, '\0');
+    RETURN_IF_ERROR(
+        store_.ReadInto(key_, entry.offset,
+                        absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()), bytes.size())));
+    if (crc32_z(0, reinterpret_cast<const Bytef*>(bytes.data()), bytes.size()) != entry.crc32) {
       return Malformed(absl::StrCat(
           "the checksum of ", Printable(name),
           " is wrong: it is damaged, or was saved with set_crc32_options(False); if PyTorch loads "
@@ -524,18 +391,11 @@ class ZipReader {
         "it was saved by a big-endian machine; load and save it on a little-endian one");
   }
 
-  struct Close {
-    void operator()(void* zip) const { unzClose(zip); }
-  };
-
   ObjectStore& store_;
   const absl::string_view key_;
   const int64_t size_;
-  ZipStream stream_;
-  std::unique_ptr<void, Close> zip_;
-  absl::flat_hash_map<std::string, Entry> by_name_;
-  std::string pickle_name_;
   std::string root_;  // "archive/"
+  absl::flat_hash_map<std::string, ZipEntry> by_name_;
   StorageTable storages_;
 };
 

@@ -12,6 +12,7 @@ import shutil
 import struct
 import warnings
 import zipfile
+import zlib
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -258,6 +259,27 @@ def legacy(pickle=None, machine=None, keys=None, data=struct.pack("<Q", 4) + flo
     return magic + protocol + machine + (pickle or of_tensor(view())) + keys + data
 
 
+def archive64(entries, bytes_=None, offset=None, field=True, end=None):
+    """An archive whose numbers all stand in ZIP64's fields. What is given replaces the last entry's."""
+    content, directory = b"", b""
+    for i, (entry, data) in enumerate(entries):
+        last = i + 1 == len(entries)
+        size = len(data) if bytes_ is None or not last else bytes_
+        at = len(content) if offset is None or not last else offset
+        crc, entry, most = zlib.crc32(data), entry.encode(), 2**32 - 1
+        sizes = struct.pack("<HHQQ", 1, 16, size, size)
+        content += struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 45, 0, 0, 0, 33, crc, most, most,
+                               len(entry), len(sizes)) + entry + sizes + data
+        extra = struct.pack("<HHQQQ", 1, 24, size, size, at) if field or not last else b""
+        directory += struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 45, 45, 0, 0, 0, 33, crc, most, most,
+                                 len(entry), len(extra), 0, 0, 0, 0, most) + entry + extra
+    end64 = len(content) + len(directory)
+    return content + directory + struct.pack(
+        "<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, len(entries), len(entries), len(directory),
+        len(content)) + struct.pack("<4sIQI", b"PK\x06\x07", 0, end64 if end is None else end, 1) + struct.pack(
+        "<4sHHHHIIH", b"PK\x05\x06", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+
+
 def patched(content, old, new):
     assert content.count(old) == 1 and len(old) == len(new), (old, content.count(old))
     return content.replace(old, new)
@@ -421,22 +443,33 @@ def write_torch_files():
             "entry_elsewhere": "other/data/0",
     }.items():
         write("torch/%s.bin" % attack, checkpoint(of_tensor(view()), (entry, b"x")))
-    # The second storage's directory record leads to the first one's bytes.
-    two = checkpoint(of_tensor(view()), ("archive/data/1", floats(1, 2, 3, 4)))
-    first, second = (two.index(b"archive/data/%d" % i) - 30 for i in (0, 1))
+    # The first storage holds the second one's header and bytes.
+    inner = archive([("archive/data/1", floats(1, 2, 3, 4))])
+    inner = inner[:inner.index(b"PK\x01\x02")]
+    two = checkpoint(of_tensor(view()), ("archive/data/1", floats(1, 2, 3, 4)), data=inner)
     record = two.rindex(b"archive/data/1") - 46
     write("torch/entries_overlap.bin",
-          two[:record + 42] + struct.pack("<I", first) + two[record + 46:])
-    assert struct.unpack("<I", two[record + 42:record + 46])[0] == second
+          two[:record + 42] + struct.pack("<I", two.index(inner)) + two[record + 46:])
+    write("torch/entry_of_another_name.bin", patched(good, b"archive/data/0PK", b"archive/data/1PK"))
     record = good.rindex(b"archive/data/0") - 46
     sizes = struct.pack("<II", 2**31, 2**31)
     begin = good.index(b"archive/data/0") - 30
     write("torch/entry_beyond_the_end.bin", good[:begin + 18] + sizes + good[begin + 26:record + 20] +
           sizes + good[record + 28:])
-    write("torch/entry_of_two_sizes.bin", good[:record + 20] + sizes + good[record + 28:])
+    write("torch/entry_of_two_sizes.bin",
+          good[:record + 20] + struct.pack("<II", 8, 8) + good[record + 28:])
     end = good.rindex(b"PK\x05\x06")
     write("torch/directory_counts_too_many.bin", good[:end + 8] + b"\xff\x7f\xff\x7f" + good[end + 12:])
     write("torch/directory_beyond_the_end.bin", good[:end + 12] + b"\xff\xff\xff\x7f" * 2 + good[end + 20:])
+    entries = [("archive/data.pkl", of_tensor(view())), ("archive/data/0", floats(1, 2, 3, 4))]
+    for attack, options in {
+            "zip64": {},
+            "zip64_size_wraps": {"bytes_": 2**64 - 1},
+            "zip64_offset_wraps": {"offset": 2**64 - 8},
+            "zip64_number_missing": {"field": False},
+            "zip64_end_beyond_the_end": {"end": 2**63},
+    }.items():
+        write("torch/%s.bin" % attack, archive64(entries, **options))
     write("torch/empty.bin", b"")
     write("torch/plain_pickle.bin", pickle_that_runs_a_command())
     write("torch/safetensors.bin", safetensors({"w": tensor("U8", [4], 0, 4)}, b"data"))

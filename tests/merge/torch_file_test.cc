@@ -46,7 +46,7 @@ std::vector<float> Values(const std::string& name) {
 }
 
 TEST(TorchFile, BothFormatsHoldTheSame) {
-  for (const char* name : {"good.bin", "legacy_good.bin", "nested.bin"}) {
+  for (const char* name : {"good.bin", "legacy_good.bin", "nested.bin", "zip64.bin"}) {
     const absl::StatusOr<TorchFile> file = Read(name);
     ASSERT_THAT(file, IsOk()) << name;
     ASSERT_THAT(file->tensors, SizeIs(1)) << name;
