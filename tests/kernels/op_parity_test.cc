@@ -173,8 +173,9 @@ class MapTest : public BackendTest {
       if (HasFatalFailure()) return;
       CheckOp(inputs, out_dtype, offset, first, op, op);
     }
+    if (in_dtype != out_dtype) return;
     // Rows shorter and longer than the runs that kernels take.
-    for (int64_t row : {1, 7, 100}) {
+    for (int64_t row : {7, 100}) {
       for (bool columns : {false, true}) {
         if (HasFatalFailure()) return;
         const AxisOp<AxisCombination> sum(backend(), {.count = 3}, row, columns, 3, first, size);
@@ -435,7 +436,8 @@ TEST_P(ReduceTest, SumsInTheStatedOrder) {
           std::vector<ConstView> views = inputs.Views();
           views.resize(std::visit([](const auto& held) { return held.inputs(); }, op));
           for (int64_t block : {kReduceBlock, int64_t{3}, int64_t{1500}, kReduceBlock + 700}) {
-            if (block < 100 && size > 5000) continue;
+            if (block != kReduceBlock && size > 5000 && dtype != DType::kF32) continue;
+            if (block < 100 && size > 200) continue;
             const absl::StatusOr<std::vector<double>> got =
                 backend().ReduceBlocks(op, views, first, block);
             ASSERT_TRUE(got.ok()) << got.status();
