@@ -522,28 +522,36 @@ PEWTER_INLINE void CountRun(const Simd<C>& magnitude, uint32_t lanes, int shift,
   }
 }
 
+// Calls f(op of 32 elements, bits of those that exist, where the first is) along the views of
+// `args`.
+template <class C, class Op, class Format, class Args, class F>
+PEWTER_INLINE void ForEachRun(const Op& op, Format format, const Args& args, const F& f) {
+  const NoDraws draws(op);
+  Padded padded;
+  for (int64_t at = 0; at < args.size; at += kLanes) {
+    const int64_t rest = args.size - at;
+    const bool whole = rest >= kLanes;
+    if (!whole) [[unlikely]]
+      padded.Fill(args.in, op.inputs(), at, rest, format.width());
+    const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
+                                      .at = whole ? at : 0,
+                                      .index = args.first + at,
+                                      .in_row = 0,
+                                      .end = args.first + args.size,
+                                      .format = format,
+                                      .draws = draws};
+    f(op(run), whole ? 0xffffffffu : (1u << rest) - 1, at);
+  }
+}
+
 template <class Op>
 void Histogram(const void* erased, const HistogramArgs& args) {
   const Op& op = *static_cast<const Op*>(erased);
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
-    const NoDraws draws(op);
-    Padded padded;
     const int shift = static_cast<int>(8 * sizeof(C)) - 16 * (args.level + 1);
-    for (int64_t at = 0; at < args.size; at += kLanes) {
-      const int64_t rest = args.size - at;
-      const bool whole = rest >= kLanes;
-      if (!whole) [[unlikely]]
-        padded.Fill(args.in, op.inputs(), at, rest, format.width());
-      const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
-                                        .at = whole ? at : 0,
-                                        .index = args.first + at,
-                                        .in_row = 0,
-                                        .end = args.first + args.size,
-                                        .format = format,
-                                        .draws = draws};
-      CountRun<C>(op(run), whole ? 0xffffffffu : (1u << rest) - 1, shift, args.level == 0,
-                  args.prefix, args.bins);
-    }
+    ForEachRun<C>(op, format, args, [&](const Simd<C>& magnitude, uint32_t lanes, int64_t) {
+      CountRun<C>(magnitude, lanes, shift, args.level == 0, args.prefix, args.bins);
+    });
   });
 }
 
@@ -557,36 +565,21 @@ SiftCounts Sift(const void* erased, const SiftArgs& args) {
   WithFormat(args.in_dtype, [&]<class C, class Format>(C, Format format) {
     const C low = static_cast<C>(args.window.low), high = static_cast<C>(args.window.high),
             most = static_cast<C>(args.window.common);
-    const NoDraws draws(op);
-    Padded padded;
-    for (int64_t at = 0; at < args.size; at += kLanes) {
-      const int64_t rest = args.size - at;
-      const bool whole = rest >= kLanes;
-      if (!whole) [[unlikely]]
-        padded.Fill(args.in, op.inputs(), at, rest, format.width());
-      const Run<C, Format, NoDraws> run{.in = whole ? args.in : padded.in,
-                                        .at = whole ? at : 0,
-                                        .index = args.first + at,
-                                        .in_row = 0,
-                                        .end = args.first + args.size,
-                                        .format = format,
-                                        .draws = draws};
-      const Simd<C> magnitude = op(run);
-      const uint32_t lanes = whole ? 0xffffffffu : (1u << rest) - 1;
+    ForEachRun<C>(op, format, args, [&](const Simd<C>& magnitude, uint32_t lanes, int64_t at) {
       const uint32_t below = Bits(magnitude < low) & lanes;
       const uint32_t common = Bits(magnitude == most) & lanes;
       const uint32_t up_to_high = Bits((magnitude < high) | (magnitude == high)) & lanes;
       counts.above += __builtin_popcount(lanes & ~up_to_high);
       counts.common += __builtin_popcount(common);
       uint32_t inside = up_to_high & ~below & ~common;
-      if (inside == 0) continue;
+      if (inside == 0) return;
       C lane[kLanes];
       __builtin_memcpy(lane, &magnitude, sizeof(lane));
       for (; inside != 0; inside &= inside - 1) {
         const int l = __builtin_ctz(inside);
         *to++ = {static_cast<float>(lane[l]), args.in_views + static_cast<uint32_t>(at + l)};
       }
-    }
+    });
   });
   counts.candidates = to - args.candidates;
   return counts;
