@@ -16,7 +16,8 @@ namespace {
 
 using nlohmann::ordered_json;
 
-constexpr int64_t kMaxManifest = int64_t{256} << 20;
+// Of a manifest, and of the state of a run.
+constexpr int64_t kMaxOwnFile = int64_t{256} << 20;
 
 ordered_json FileJson(const OutputFile& file) {
   ordered_json json = {{"name", file.name}, {"bytes", file.bytes}};
@@ -110,6 +111,11 @@ absl::StatusOr<RunState> RunState::FromJson(absl::string_view text) {
   }
 }
 
+absl::StatusOr<RunState> RunState::Read(ObjectStore& store) {
+  ASSIGN_OR_RETURN(const std::string text, ReadText(store, kStateFile, kMaxOwnFile));
+  return FromJson(text);
+}
+
 absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view key,
                                            int64_t size) {
   constexpr int64_t kChunk = 1 << 20;
@@ -126,7 +132,7 @@ absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view
 
 absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
                                                         absl::string_view fingerprint) {
-  auto text = ReadText(store, kManifestFile, kMaxManifest);
+  auto text = ReadText(store, kManifestFile, kMaxOwnFile);
   if (absl::IsNotFound(text.status())) return std::nullopt;
   RETURN_IF_ERROR(text.status());
   try {

@@ -39,6 +39,8 @@ struct RunState {
 
   std::string ToJson() const;
   static absl::StatusOr<RunState> FromJson(absl::string_view text);
+  // From kStateFile of `store`; NotFound when there is none.
+  static absl::StatusOr<RunState> Read(ObjectStore& store);
 };
 
 // The hex digest of an object's bytes.

@@ -152,8 +152,7 @@ absl::Status Run::PrepareOutput() {
   if (options_.mode == OutputMode::kOverwrite) {
     RETURN_IF_ERROR(Unpublish(entries));
   } else if (options_.mode == OutputMode::kResume && has_state) {
-    ASSIGN_OR_RETURN(const std::string text, ReadText(*output_, kStateFile, int64_t{256} << 20));
-    ASSIGN_OR_RETURN(const RunState found, RunState::FromJson(text));
+    ASSIGN_OR_RETURN(const RunState found, RunState::Read(*output_));
     if (found.fingerprint != plan_.fingerprint) {
       return absl::FailedPreconditionError(absl::StrCat(
           options_.output,

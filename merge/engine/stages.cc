@@ -54,12 +54,9 @@ absl::StatusOr<std::string> MergeStage(const PlanStage& stage, ObjectStore& fold
     options.mode = OutputMode::kOverwrite;
   } else {
     RETURN_IF_ERROR(finished.status());
-    const auto text = ReadText(folder, kStateFile, int64_t{256} << 20);
-    if (text.ok()) {
-      const auto state = RunState::FromJson(*text);
-      if (state.ok() && state->fingerprint == stage.plan->fingerprint) {
-        options.mode = OutputMode::kResume;
-      }
+    const absl::StatusOr<RunState> state = RunState::Read(folder);
+    if (state.ok() && state->fingerprint == stage.plan->fingerprint) {
+      options.mode = OutputMode::kResume;
     }
   }
   ASSIGN_OR_RETURN(const Manifest manifest, RunPlan(*stage.plan, options));
