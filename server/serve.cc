@@ -4,10 +4,12 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
@@ -81,19 +83,31 @@ absl::Status WriteAddress(const std::string& data, const std::string& address) {
   return absl::OkStatus();
 }
 
-sigset_t StopSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  return signals;
+// The signal that ends the server. It is handled rather than blocked and waited for: libraries start
+// threads before main, which would take it and die.
+std::atomic<int> g_stop_signal{0};
+sem_t g_stop;
+
+void OnStopSignal(int signal) {
+  const int saved = errno;
+  g_stop_signal = signal;
+  sem_post(&g_stop);
+  errno = saved;
+}
+
+void HandleStopSignals(void (*handler)(int)) {
+  struct sigaction action = {};
+  action.sa_handler = handler;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGTERM, &action, nullptr);
+  sigaction(SIGINT, &action, nullptr);
 }
 
 }  // namespace
 
 absl::Status Serve(const ServeOptions& options) {
-  const sigset_t stop_signals = StopSignals();
-  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+  sem_init(&g_stop, 0, 0);
+  HandleStopSignals(&OnStopSignal);
 
   ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
   RETURN_IF_ERROR(MakeFolder(options.data));
@@ -133,10 +147,10 @@ absl::Status Serve(const ServeOptions& options) {
   std::cout << "listening on " << address.ToString() << std::endl;
   Log(LogLevel::kInfo, "server started", {{"address", address.ToString()}, {"data", options.data}});
 
-  int signal = 0;
-  sigwait(&stop_signals, &signal);
-  pthread_sigmask(SIG_UNBLOCK, &stop_signals, nullptr);
-  Log(LogLevel::kInfo, "server stops", {{"signal", strsignal(signal)}});
+  while (sem_wait(&g_stop) != 0) {
+  }
+  HandleStopSignals(SIG_DFL);  // a second one ends it at once
+  Log(LogLevel::kInfo, "server stops", {{"signal", strsignal(g_stop_signal)}});
   server->GetHealthCheckService()->SetServingStatus(false);
   jobs.Drain(kDrainGrace);
   server->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);

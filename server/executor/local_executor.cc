@@ -94,7 +94,7 @@ class LocalExecutor final : public Executor {
     posix_spawn_file_actions_addopen(&spawn.actions, 1, "/dev/null", O_WRONLY, 0);
     posix_spawn_file_actions_adddup2(&spawn.actions, write_end.get(), 2);
     posix_spawn_file_actions_addclosefrom_np(&spawn.actions, 3);
-    // The server blocks the signals that it waits for; a worker handles them its own way. Its own
+    // A worker handles signals its own way, whatever this process does with them. Its own
     // process group keeps a terminal's ^C away from it: the server decides when workers stop.
     SpawnAttributes attributes;
     sigset_t none, all;
