@@ -16,7 +16,13 @@ namespace {
 // A stored format known at compile time.
 template <DType kDType>
 struct Fixed {
+  static constexpr bool kGathers = kDType != DType::kF64;
   static constexpr int64_t width() { return ByteWidth(kDType); }
+#if defined(__AVX512F__)
+  PEWTER_INLINE __m512 Gather(const void* from, __m512i index, __mmask16 lanes) const {
+    return GatherFloats<kDType>(from, index, lanes);
+  }
+#endif
   template <class C>
   PEWTER_INLINE Simd<C> LoadLanes(const void* from) const {
     return Load<C, kDType>(from);
@@ -34,6 +40,7 @@ struct Fixed {
 // One of the formats, chosen at each load and store: for the rarer pairs.
 class Dynamic {
  public:
+  static constexpr bool kGathers = false;
   explicit Dynamic(DType dtype) : dtype_(dtype), width_(ByteWidth(dtype)) {}
   int64_t width() const { return width_; }
   template <class C>
@@ -123,6 +130,39 @@ PEWTER_INLINE void WithFormats(DType in, DType out, const F& f) {
 // Elements whose draws are made at a time, all of one model after another.
 inline constexpr int64_t kDrawRow = kReduceRow;
 
+// The |model - base| of stored elements, counted from where the pointers point.
+template <class C, class Format>
+struct DeltaMagnitudes {
+  using Scalar = C;
+  static constexpr bool kGathers = Format::kGathers && sizeof(C) == 4;
+  Format format;
+  const char* base;
+  const char* model;
+
+  PEWTER_INLINE C operator[](int64_t i) const {
+    const C delta = format.template LoadElement<C>(model + i * format.width()) -
+                    format.template LoadElement<C>(base + i * format.width());
+    return delta < 0 ? -delta : delta;
+  }
+  PEWTER_INLINE Simd<C> Lanes(int64_t i) const {
+    return Abs(format.template LoadLanes<C>(model + i * format.width()) -
+               format.template LoadLanes<C>(base + i * format.width()));
+  }
+  bool Aligned() const {
+    return (reinterpret_cast<uintptr_t>(base) | reinterpret_cast<uintptr_t>(model)) %
+               format.width() ==
+           0;
+  }
+#if defined(__AVX512F__)
+  // Those of elements from + index[l], of the `lanes`; of aligned elements.
+  PEWTER_INLINE __m512 Gather(int64_t from, __m512i index, __mmask16 lanes) const {
+    const int64_t offset = from * format.width();
+    return _mm512_abs_ps(_mm512_sub_ps(format.Gather(model + offset, index, lanes),
+                                       format.Gather(base + offset, index, lanes)));
+  }
+#endif
+};
+
 // The draws of an op for a row of elements; ops without draws have none.
 class Draws {
  public:
@@ -137,37 +177,11 @@ class Draws {
       if (model.keep == Keep::kRandom) {
         DrawBits(model.key, model.draw_below, first, count, bits_[i]);
       } else if (model.keep == Keep::kRanked) {
-        const auto element = [&](const void* view, int64_t j) {
-          return format.template LoadElement<C>(static_cast<const char*>(view) +
-                                                (at + j) * format.width());
+        const auto from = [&](const void* view) {
+          return static_cast<const char*>(view) + at * format.width();
         };
-        const auto magnitude = [&](int64_t j) {
-          const C delta = element(in[1 + i], j) - element(in[0], j);
-          if constexpr (sizeof(C) == 4) {
-            return __builtin_fabsf(delta);
-          } else {
-            return __builtin_fabs(delta);
-          }
-        };
-        const auto magnitudes = [&](int64_t j, C* own) {
-          if (j >= 0 && j + kLanes <= count) [[likely]] {
-            const auto lanes = [&](const void* view) {
-              return format.template LoadLanes<C>(static_cast<const char*>(view) +
-                                                  (at + j) * format.width());
-            };
-            const Simd<C> delta = Abs(lanes(in[1 + i]) - lanes(in[0]));
-            __builtin_memcpy(own, &delta, sizeof(delta));
-            return Bits(delta > C{0});
-          }
-          uint32_t nonzero = 0;
-          for (int l = 0; l < kLanes; ++l) {
-            if (j + l < 0 || j + l >= count) continue;
-            own[l] = magnitude(j + l);
-            nonzero |= static_cast<uint32_t>(own[l] > 0) << l;
-          }
-          return nonzero;
-        };
-        RankedDrawBits<C>(model.ranked, magnitude, magnitudes, first, count, bits_[i]);
+        const DeltaMagnitudes<C, Format> magnitudes{format, from(in[0]), from(in[1 + i])};
+        RankedDrawBits(model.ranked, magnitudes, first, count, bits_[i]);
       }
     }
   }

@@ -339,6 +339,31 @@ PEWTER_INLINE Compute LoadOne(const void* from) {
   }
 }
 
+#if defined(__AVX512F__)
+// The stored elements number index[l] from `from` on, negative ones before it, widened; of the
+// `lanes` only. Those of 16 bits are read in aligned words, so never beyond the page of an element.
+template <DType kStored>
+PEWTER_INLINE __m512 GatherFloats(const void* from, __m512i index, __mmask16 lanes) {
+  if constexpr (kStored == DType::kF32) {
+    return _mm512_mask_i32gather_ps(__m512{}, lanes, index, from, 4);
+  } else {
+    static_assert(ByteWidth(kStored) == 2);
+    const auto address = reinterpret_cast<uintptr_t>(from);
+    const auto aligned = reinterpret_cast<const void*>(address & ~uintptr_t{3});
+    const __m512i half = _mm512_add_epi32(index, _mm512_set1_epi32((address & 2) / 2));
+    const __m512i word =
+        _mm512_mask_i32gather_epi32(__m512i{}, lanes, _mm512_srai_epi32(half, 1), aligned, 4);
+    const __m512i shift = _mm512_slli_epi32(_mm512_and_epi32(half, _mm512_set1_epi32(1)), 4);
+    const __m512i bits = _mm512_srlv_epi32(word, shift);
+    if constexpr (kStored == DType::kBF16) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    } else {
+      return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+    }
+  }
+}
+#endif
+
 template <class Compute, DType kStored>
 PEWTER_INLINE Simd<Compute> Load(const void* from) {
   using V = Simd<Compute>;
@@ -616,14 +641,122 @@ inline void DrawBits(PhiloxKey key, uint64_t below, int64_t first, int64_t count
   DropBits(shift, count, bits);
 }
 
-// Draws like DrawBits: whether an element stays by `draw`. `magnitude(i)` is that of element first
-// + i, for all i in the rows of these elements. `magnitudes(i, own)` sets own[l] to magnitude(i +
-// l) for those of 32 that lie within [0, count), and tells by bits which of them are not zero:
-// whether a zero stays makes no difference, and deltas of checkpoints are full of them.
-template <class C, class Magnitude, class Magnitudes>
-PEWTER_INLINE void RankedDrawBits(const RankedDraw& draw, const Magnitude& magnitude,
-                                  const Magnitudes& magnitudes, int64_t first, int64_t count,
-                                  uint32_t* bits) {
+// Those of kDraws elements that a rival decides, and magnitudes.
+template <class C>
+struct Undecided {
+  uint32_t bits[kDraws / 32];
+  C own[kDraws];
+};
+
+// own[l]: the magnitude of element at + l, of 32 those within [0, count). Bits tell which of them
+// are not zero.
+template <class Magnitudes>
+PEWTER_INLINE uint32_t NonZero(const Magnitudes& magnitudes, int64_t at, int64_t count,
+                               typename Magnitudes::Scalar* own) {
+  using C = typename Magnitudes::Scalar;
+  if (at >= 0 && at + kLanes <= count) [[likely]] {
+    const Simd<C> lanes = magnitudes.Lanes(at);
+    __builtin_memcpy(own, &lanes, sizeof(lanes));
+    return Bits(lanes > C{0});
+  }
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    if (at + l < 0 || at + l >= count) continue;
+    own[l] = magnitudes[at + l];
+    bits |= static_cast<uint32_t>(own[l] > 0) << l;
+  }
+  return bits;
+}
+
+// The undecided elements of a block of kDraws, whose first is element `begin` of `magnitudes` and
+// at `place` of its row: bit l of undecided[l / 32] says that element l is. upper, lower: the
+// halves of the elements' words. Sets the bits of those that stay.
+template <class Magnitudes>
+PEWTER_INLINE void MeetRivals(const RankedDraw& draw, const Magnitudes& magnitudes, int64_t begin,
+                              int64_t place, const uint16_t* upper, const uint16_t* lower,
+                              const Undecided<typename Magnitudes::Scalar>& undecided,
+                              uint32_t* stay) {
+  for (int group = 0; group < kDraws / 32; ++group) {
+    for (uint32_t left = undecided.bits[group]; left != 0; left &= left - 1) {
+      const int l = group * 32 + __builtin_ctz(left);
+      const int64_t own_place = place + l < draw.row ? place + l : (place + l) % draw.row;
+      const uint32_t word = static_cast<uint32_t>(upper[l]) << 16 | lower[l];
+      const int64_t row = begin + l - own_place;
+      const bool kept = draw.Stays(word, own_place, undecided.own[l],
+                                   [&](int64_t rival) { return magnitudes[row + rival]; });
+      stay[group] |= static_cast<uint32_t>(kept) << l % 32;
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// As MeetRivals, sixteen at a time, for what RankedDrawBits checks.
+template <class Magnitudes>
+PEWTER_INLINE void GatherRivals(const RankedDraw& draw, const Magnitudes& magnitudes, int64_t begin,
+                                int64_t place, const uint16_t* upper, const uint16_t* lower,
+                                const Undecided<float>& undecided, uint32_t* stay) {
+  // The undecided ones without gaps, and room for a vector that is stored whole.
+  uint32_t words[kDraws + 16], elements[kDraws + 16];
+  float own[kDraws + 16];
+  int found = 0;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int l = 0; l < kDraws; l += 16) {
+    const auto lanes = static_cast<__mmask16>(undecided.bits[l / 32] >> l % 32);
+    const __m512i high = _mm512_cvtepu16_epi32(LoadUnaligned<__m256i>(upper + l));
+    const __m512i half = _mm512_cvtepu16_epi32(LoadUnaligned<__m256i>(lower + l));
+    const __m512i word = _mm512_or_epi32(_mm512_slli_epi32(high, 16), half);
+    const __m512i element = _mm512_add_epi32(lane, _mm512_set1_epi32(l));
+    _mm512_storeu_epi32(words + found, _mm512_maskz_compress_epi32(lanes, word));
+    _mm512_storeu_epi32(elements + found, _mm512_maskz_compress_epi32(lanes, element));
+    _mm512_storeu_ps(own + found,
+                     _mm512_maskz_compress_ps(lanes, _mm512_loadu_ps(undecided.own + l)));
+    found += __builtin_popcount(lanes);
+  }
+  uint16_t kept[kDraws / 16 + 4];  // and room for the last bits to be read with 64
+  const __m512i row = _mm512_set1_epi32(static_cast<int>(draw.row));
+  const __m512i step = _mm512_set1_epi64(static_cast<int64_t>(draw.step));
+  const __m512i low = _mm512_set1_epi32(static_cast<int>(draw.low));
+  const __m512i last_inside = _mm512_set1_epi32(static_cast<int>(draw.high - draw.low - 1));
+  for (int i = 0; i < found; i += 16) {
+    const auto lanes = static_cast<__mmask16>(found - i >= 16 ? 0xffff : (1 << (found - i)) - 1);
+    const __m512i element = _mm512_loadu_epi32(elements + i);
+    __m512i own_place = _mm512_add_epi32(element, _mm512_set1_epi32(static_cast<int>(place)));
+    own_place =
+        _mm512_mask_sub_epi32(own_place, _mm512_cmpge_epi32_mask(own_place, row), own_place, row);
+    // As RankedDraw::Stays and Rival.
+    const __m512i word = _mm512_loadu_epi32(words + i);
+    const __m512i inside = _mm512_sub_epi32(word, low);
+    const __mmask16 decided = _mm512_mask_cmple_epu32_mask(lanes, inside, last_inside);
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(inside, step), 32);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(inside, 32), step);
+    const __m512i other = _mm512_mask_blend_epi32(0xaaaa, even, odd);
+    const __m512i rival = _mm512_mask_add_epi32(other, _mm512_cmpge_epi32_mask(other, own_place),
+                                                other, _mm512_set1_epi32(1));
+    const __m512i at = _mm512_add_epi32(_mm512_sub_epi32(rival, own_place), element);
+    const __m512 magnitude = magnitudes.Gather(begin, at, decided);
+    const __m512 mine = _mm512_loadu_ps(own + i);
+    const __mmask16 outranks = _mm512_cmp_ps_mask(mine, magnitude, _CMP_GT_OQ) |
+                               (_mm512_cmp_ps_mask(mine, magnitude, _CMP_EQ_OQ) &
+                                _mm512_cmplt_epi32_mask(own_place, rival));
+    kept[i / 16] = (decided & outranks) | (~decided & _mm512_cmplt_epu32_mask(word, low));
+  }
+  int read = 0;
+  for (int group = 0; group < kDraws / 32; ++group) {
+    const uint32_t bits = undecided.bits[group];
+    const auto from = reinterpret_cast<const char*>(kept) + read / 8;
+    stay[group] |=
+        _pdep_u32(static_cast<uint32_t>(LoadUnaligned<uint64_t>(from) >> read % 8), bits);
+    read += __builtin_popcount(bits);
+  }
+}
+#endif
+
+// Draws like DrawBits: whether an element stays by `draw`. magnitudes[i] is that of element first +
+// i, for all i in the rows of these elements; magnitudes.Lanes(i) are 32 of them.
+template <class Magnitudes>
+PEWTER_INLINE void RankedDrawBits(const RankedDraw& draw, const Magnitudes& magnitudes,
+                                  int64_t first, int64_t count, uint32_t* bits) {
+  using C = typename Magnitudes::Scalar;
   constexpr int kHalves = kVectorBytes / 2;
   const int shift = static_cast<int>(first % 8);
   const int64_t end = count + shift;
@@ -645,32 +778,31 @@ PEWTER_INLINE void RankedDrawBits(const RankedDraw& draw, const Magnitude& magni
       packed_stay[v * kHalves / 64] |= static_cast<uint64_t>(below) << (v * kHalves % 64);
       packed_may[v * kHalves / 64] |= static_cast<uint64_t>(inside & ~below) << (v * kHalves % 64);
     }
-    uint32_t stay[kDraws / 32], may[kDraws / 32];
+    uint32_t stay[kDraws / 32];
+    Undecided<C> undecided;
     __builtin_memcpy(stay, packed_stay, sizeof(stay));
-    __builtin_memcpy(may, packed_may, sizeof(may));
-    uint16_t upper_half[kDraws], lower_half[kDraws];
-    __builtin_memcpy(upper_half, upper, sizeof(upper_half));
-    __builtin_memcpy(lower_half, lower, sizeof(lower_half));
-    const auto place_of_first = static_cast<int64_t>(element % static_cast<uint64_t>(draw.row));
+    __builtin_memcpy(undecided.bits, packed_may, sizeof(undecided.bits));
+    uint16_t upper_halves[kDraws], lower_halves[kDraws];
+    __builtin_memcpy(upper_halves, upper, sizeof(upper_halves));
+    __builtin_memcpy(lower_halves, lower, sizeof(lower_halves));
+    // Whether a zero stays makes no difference, and deltas of checkpoints are full of them.
+    const int64_t begin = at - shift;
     for (int group = 0; group < kDraws / 32; ++group) {
-      const int64_t begin = at - shift + group * 32;
-      if (begin >= count) break;
-      C own[32];
-      uint32_t stays = stay[group];
-      for (uint32_t left = may[group] & magnitudes(begin, own); left != 0; left &= left - 1) {
-        const int l = __builtin_ctz(left);
-        int64_t place = place_of_first + group * 32 + l;
-        if (place >= draw.row) [[unlikely]]
-          place %= draw.row;
-        const uint32_t word =
-            static_cast<uint32_t>(upper_half[group * 32 + l]) << 16 | lower_half[group * 32 + l];
-        const int64_t row = begin + l - place;
-        const bool kept =
-            draw.Stays(word, place, own[l], [&](int64_t p) { return magnitude(row + p); });
-        stays |= static_cast<uint32_t>(kept) << l;
-      }
-      stay[group] = stays;
+      undecided.bits[group] &=
+          NonZero(magnitudes, begin + group * 32, count, undecided.own + group * 32);
     }
+    const auto place = static_cast<int64_t>(element % static_cast<uint64_t>(draw.row));
+#if defined(__AVX512F__)
+    if constexpr (Magnitudes::kGathers) {
+      if (draw.row >= kDraws && draw.row < 1 << 30 && draw.step <= 0xffffffffu &&
+          magnitudes.Aligned()) {
+        GatherRivals(draw, magnitudes, begin, place, upper_halves, lower_halves, undecided, stay);
+        __builtin_memcpy(bits + at / 32, stay, sizeof(stay));
+        continue;
+      }
+    }
+#endif
+    MeetRivals(draw, magnitudes, begin, place, upper_halves, lower_halves, undecided, stay);
     __builtin_memcpy(bits + at / 32, stay, sizeof(stay));
   }
   DropBits(shift, count, bits);

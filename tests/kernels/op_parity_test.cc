@@ -578,18 +578,29 @@ INSTANTIATE_ON_BACKENDS(ReduceTest);
 
 class RankedTest : public BackendTest {
  protected:
-  // Which elements stay, of a base of zeros and a model.
-  std::vector<bool> Kept(const RankedDraw& draw, const std::vector<float>& model, int64_t first) {
-    const auto size = static_cast<int64_t>(model.size());
-    std::vector<std::byte> bytes(size * 4), zeros(size * 4);
-    std::memcpy(bytes.data(), model.data(), bytes.size());
-    DeviceBytes base(backend(), zeros), uploaded(backend(), bytes), out(backend(), zeros);
+  // Which elements of a task vector stay. Its elements are small multiples of 1/64, so that a model
+  // is exact in any format.
+  std::vector<bool> Kept(const RankedDraw& draw, const std::vector<float>& delta, int64_t first,
+                         DType dtype = DType::kF32) {
+    const auto size = static_cast<int64_t>(delta.size());
+    std::vector<float> origin(size), tuned(size);
+    for (int64_t j = 0; j < size; ++j) {
+      origin[j] = static_cast<float>(j % 5) / 64;
+      tuned[j] = origin[j] + delta[j];
+    }
+    const auto stored = [&](const std::vector<float>& values) {
+      std::vector<std::byte> bytes(size * ByteWidth(dtype));
+      Convert({values.data(), DType::kF32, size}, {bytes.data(), dtype, size});
+      return bytes;
+    };
+    const std::vector<std::byte> zeros(size * sizeof(float));
+    DeviceBytes base(backend(), stored(origin)), model(backend(), stored(tuned)),
+        out(backend(), zeros);
     TaskVectorSum op;
     op.count = 1;
     op.model[0].keep = Keep::kRanked;
     op.model[0].ranked = draw;
-    const std::vector<ConstView> views = {{base.data(), DType::kF32, size},
-                                          {uploaded.data(), DType::kF32, size}};
+    const std::vector<ConstView> views = {{base.data(), dtype, size}, {model.data(), dtype, size}};
     const absl::Status status =
         backend().Map(op, views, View{out.data(), DType::kF32, size}, first);
     EXPECT_TRUE(status.ok()) << status;
@@ -597,9 +608,13 @@ class RankedTest : public BackendTest {
     std::vector<bool> kept;
     double sum = 0;
     for (int64_t j = 0; j < size; ++j) {
-      kept.push_back(
-          !std::equal(result.begin() + j * 4, result.begin() + j * 4 + 4, zeros.begin()));
-      if (kept.back()) sum += std::abs(model[j]);
+      float merged;
+      std::memcpy(&merged, result.data() + j * sizeof(float), sizeof(float));
+      kept.push_back(merged != origin[j]);
+      if (kept.back()) {
+        EXPECT_EQ(merged, tuned[j]);
+        sum += std::abs(delta[j]);
+      }
     }
     // A reduction draws the same.
     double reduced = 0;
@@ -613,33 +628,46 @@ class RankedTest : public BackendTest {
 
 // An element stays by its word and one other element of its row, whatever the row's length.
 TEST_P(RankedTest, IsDecidedByOneRival) {
-  for (const auto& [row, rows] :
-       {std::pair<int64_t, int64_t>{2, 700}, {33, 9}, {1000, 3}, {70'000, 2}}) {
-    for (const int64_t first_row : {int64_t{0}, int64_t{3}}) {
-      const double low = 0.25, high = row == 33 ? 1.0 : 0.55;
-      const RankedDraw draw = MakeRankedDraw(MakePhiloxKey(5, "w#0"), row, low, high);
-      std::mt19937 random(3);
-      std::vector<float> model(row * rows);
-      for (float& value : model) value = static_cast<float>(1 + random() % 50) * 0.01f;
-      const int64_t first = first_row * row;
-      const std::vector<bool> kept = Kept(draw, model, first);
-      for (int64_t j = 0; j < row * rows; ++j) {
-        const uint64_t u = PhiloxWord(draw.key, static_cast<uint64_t>(first + j));
-        const auto begin = static_cast<uint64_t>(low * 0x1p32 + 0.5);
-        const auto end = static_cast<uint64_t>(high * 0x1p32 + 0.5);
-        bool want = u < begin;
-        if (u >= begin && u < end) {
-          // The others of the row share the interval evenly, to 2^-32 of it.
-          const int64_t place = j % row;
-          const uint64_t share = (static_cast<uint64_t>(row - 1) << 32) / (end - begin);
-          auto rival = static_cast<int64_t>((u - begin) * share >> 32);
-          rival += rival >= place;
-          ASSERT_LT(rival, row);
-          const float own = model[j], other = model[j - place + rival];
-          want = own > other || (own == other && place < rival);
-        }
-        ASSERT_EQ(kept[j], want) << "element " << j << " of rows of " << row;
+  struct Case {
+    int64_t row, rows, first_row;
+    DType dtype;
+    double high = 0.55;
+  };
+  // Bounds between those that the upper halves of words tell: one word in 2^15 is close to one.
+  const double low = 0.3;
+  for (const Case& c : {Case{2, 700, 0, DType::kF32},
+                        {2, 700, 3, DType::kBF16},
+                        {33, 9, 0, DType::kF16, 1.0},
+                        {300, 41, 3, DType::kF16},
+                        {1000, 30, 0, DType::kF8E4M3},
+                        {1000, 30, 3, DType::kF64},
+                        {70'000, 3, 0, DType::kF32},
+                        {70'000, 3, 3, DType::kBF16},
+                        {70'001, 3, 0, DType::kF16, 1.0}}) {
+    const RankedDraw draw = MakeRankedDraw(MakePhiloxKey(5, "w#0"), c.row, low, c.high);
+    std::mt19937 random(3);
+    std::vector<float> delta(c.row * c.rows);
+    for (float& value : delta) {
+      value = static_cast<float>(1 + random() % 11) / (random() % 2 == 0 ? 64 : -64);
+    }
+    const int64_t first = c.first_row * c.row;
+    const std::vector<bool> kept = Kept(draw, delta, first, c.dtype);
+    const auto begin = static_cast<uint64_t>(low * 0x1p32 + 0.5);
+    const auto end = static_cast<uint64_t>(c.high * 0x1p32 + 0.5);
+    for (int64_t j = 0; j < c.row * c.rows; ++j) {
+      const uint64_t u = PhiloxWord(draw.key, static_cast<uint64_t>(first + j));
+      bool want = u < begin;
+      if (u >= begin && u < end) {
+        // The others of the row share the interval evenly, to 2^-32 of it.
+        const int64_t place = j % c.row;
+        const uint64_t share = (static_cast<uint64_t>(c.row - 1) << 32) / (end - begin);
+        auto rival = static_cast<int64_t>((u - begin) * share >> 32);
+        rival += rival >= place;
+        ASSERT_LT(rival, c.row);
+        const float own = std::abs(delta[j]), other = std::abs(delta[j - place + rival]);
+        want = own > other || (own == other && place < rival);
       }
+      ASSERT_EQ(kept[j], want) << "element " << j << " of rows of " << c.row;
     }
   }
 }
@@ -651,16 +679,19 @@ TEST_P(RankedTest, ProbabilityFollowsTheRank) {
   const RankedDraw draw =
       MakeRankedDraw(MakePhiloxKey(9, "w#1"), row, density - epsilon, density + epsilon);
   std::mt19937 random(8);
-  std::vector<float> model;
+  std::vector<float> delta;
   std::vector<int> order(row);
   std::iota(order.begin(), order.end(), 1);
   for (int64_t r = 0; r < rows; ++r) {
     std::shuffle(order.begin(), order.end(), random);
-    for (int rank : order) model.push_back((random() % 2 == 0 ? 1.0f : -1.0f) * rank);
+    for (int rank : order)
+      delta.push_back(static_cast<float>(rank) / (random() % 2 == 0 ? 64 : -64));
   }
-  const std::vector<bool> kept = Kept(draw, model, 0);
+  const std::vector<bool> kept = Kept(draw, delta, 0);
   std::vector<int> count(row);
-  for (size_t j = 0; j < model.size(); ++j) count[std::abs(model[j]) - 1] += kept[j];
+  for (size_t j = 0; j < delta.size(); ++j) {
+    count[static_cast<int>(std::abs(delta[j]) * 64) - 1] += kept[j];
+  }
   for (int64_t r = 0; r < row; ++r) {
     const double p = density - epsilon + 2 * epsilon * static_cast<double>(r) / (row - 1);
     EXPECT_NEAR(count[r], p * rows, 5 * std::sqrt(p * (1 - p) * rows)) << "rank " << r + 1;
