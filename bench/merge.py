@@ -33,12 +33,13 @@ METHODS = {
     "breadcrumbs": (["base", "ft1", "ft2", "ft3"], {"weight": 0.4, "density": 0.5, "gamma": 0.01}),
     "breadcrumbs_ties": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0, "density": 0.5, "gamma": 0.01}),
     "sce": (["base", "ft1", "ft2", "ft3"], {"select_topk": 0.5}),
-    "karcher": (["ft1", "ft2", "ft3"], {}),
+    "karcher": (["base", "ft1", "ft2", "ft3"], {}),
     "model_stock": (["base", "ft1", "ft2", "ft3"], {}),
     "multislerp": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0}),
     "nuslerp": (["ft1", "ft2"], {"weight": 1.0}),
     "nearswap": (["base", "ft1"], {"t": 1e-3}),
     "ram": (["base", "ft1", "ft2", "ft3"], {}),
+    "arcee_fusion": (["base", "ft1"], {}),
 }
 # Those in which base_model would be an input more, or none.
 WITHOUT_BASE = ("linear", "karcher", "nuslerp")
@@ -78,8 +79,11 @@ def to_f32(bits):
 
 
 def agreement(method, ours, theirs, base):
-    """Compares two outputs. linear and slerp: both compute in f32 and round once; model_stock steps so little from the base here that its rounding is all there is to see: so all but one element in a million (near-cancelled sums) are within a unit in the last place. The
-    others: mergekit rounds to bf16 after every step and draws other random masks, so the step from the base must be as long, within 5 %."""
+    """Compares two outputs, counting elements that differ by at most a unit in the last place.
+
+    linear and slerp compute in f32 and round once on both sides, and model_stock steps so little from the base here that its rounding is all there is to see: all but one element in a
+    million (near-cancelled sums). karcher iterates in bf16 in mergekit, which leaves noise as large as its step: 95 % of the elements. The others: mergekit rounds to bf16 after every
+    step and draws other random masks, so the step from the base must be as long, within 5 %."""
     a, b, origin = read_tensors(ours), read_tensors(theirs), read_tensors(base)
     if sorted(a) != sorted(b):
         raise RuntimeError(f"{method}: the outputs hold different tensors: {sorted(set(a) ^ set(b))[:5]}")
@@ -98,8 +102,8 @@ def agreement(method, ours, theirs, base):
             step_a += float(np.square(x - o, dtype=np.float64).sum())
             step_b += float(np.square(y - o, dtype=np.float64).sum())
     result = {"equal": equal / count, "within_1_ulp": near / count, "step_ratio": (step_a / step_b) ** 0.5}
-    exact = method in ("linear", "slerp", "model_stock")
-    result["pass"] = count - near <= 1e-6 * count if exact else abs(result["step_ratio"] - 1) < 0.05
+    allowed = {"linear": 1e-6, "slerp": 1e-6, "model_stock": 1e-6, "karcher": 0.05}.get(method)
+    result["pass"] = abs(result["step_ratio"] - 1) < 0.05 if allowed is None else count - near <= allowed * count
     return result
 
 
