@@ -16,9 +16,9 @@ namespace {
 // A stored format known at compile time.
 template <DType kDType>
 struct Fixed {
-  static constexpr bool kGathers = kDType != DType::kF64;
   static constexpr int64_t width() { return ByteWidth(kDType); }
 #if defined(__AVX512F__)
+  static constexpr bool kGathers = kDType != DType::kF64;
   PEWTER_INLINE __m512 Gather(const void* from, __m512i index, __mmask16 lanes) const {
     return GatherFloats<kDType>(from, index, lanes);
   }
@@ -40,7 +40,9 @@ struct Fixed {
 // One of the formats, chosen at each load and store: for the rarer pairs.
 class Dynamic {
  public:
+#if defined(__AVX512F__)
   static constexpr bool kGathers = false;
+#endif
   explicit Dynamic(DType dtype) : dtype_(dtype), width_(ByteWidth(dtype)) {}
   int64_t width() const { return width_; }
   template <class C>
@@ -134,7 +136,6 @@ inline constexpr int64_t kDrawRow = kReduceRow;
 template <class C, class Format>
 struct DeltaMagnitudes {
   using Scalar = C;
-  static constexpr bool kGathers = Format::kGathers && sizeof(C) == 4;
   Format format;
   const char* base;
   const char* model;
@@ -148,12 +149,13 @@ struct DeltaMagnitudes {
     return Abs(format.template LoadLanes<C>(model + i * format.width()) -
                format.template LoadLanes<C>(base + i * format.width()));
   }
+#if defined(__AVX512F__)
+  static constexpr bool kGathers = Format::kGathers && sizeof(C) == 4;
   bool Aligned() const {
     return (reinterpret_cast<uintptr_t>(base) | reinterpret_cast<uintptr_t>(model)) %
                format.width() ==
            0;
   }
-#if defined(__AVX512F__)
   // Those of elements from + index[l], of the `lanes`; of aligned elements.
   PEWTER_INLINE __m512 Gather(int64_t from, __m512i index, __mmask16 lanes) const {
     const int64_t offset = from * format.width();
