@@ -35,14 +35,14 @@ METHODS = {
     "sce": (["base", "ft1", "ft2", "ft3"], {"select_topk": 0.5}),
     "karcher": (["base", "ft1", "ft2", "ft3"], {}),
     "model_stock": (["base", "ft1", "ft2", "ft3"], {}),
-    "multislerp": (["base", "ft1", "ft2", "ft3"], {"weight": 1.0}),
+    "multislerp": (["ft1", "ft2", "ft3"], {"weight": 1.0}),
     "nuslerp": (["ft1", "ft2"], {"weight": 1.0}),
     "nearswap": (["base", "ft1"], {"t": 1e-3}),
     "ram": (["base", "ft1", "ft2", "ft3"], {}),
     "arcee_fusion": (["base", "ft1"], {}),
 }
 # Those in which base_model would be an input more, or none.
-WITHOUT_BASE = ("linear", "karcher", "nuslerp")
+WITHOUT_BASE = ("linear", "karcher", "nuslerp", "multislerp")
 MIB = 1 << 20
 
 

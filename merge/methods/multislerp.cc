@@ -31,15 +31,18 @@ absl::Status Run(MethodContext& context) {
   // Coefficients of the inputs, or of their task vectors. unit[i] makes x_i a unit vector.
   std::vector<double> unit(n), mean(n), out(n);
   double norm = 0;
+  bool all_zero = true;
   for (int i = 0; i < n; ++i) {
     const double length = std::sqrt(gram(i, i));
     unit[i] = 1 / (length + eps);
     mean[i] = weights[i] * unit[i];
     norm += weights[i] * length;
+    all_zero = all_zero && length == 0;
   }
   const double mean_length = gram.Norm(mean);
   if (mean_length < eps) {
-    if (n > 2) {
+    // A tensor that no model has changed stays as it is.
+    if (n > 2 && !all_zero) {
       return absl::InvalidArgumentError(
           "the directions of the models cancel, so that there is no mean direction; change the "
           "weights");

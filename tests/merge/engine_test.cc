@@ -146,6 +146,40 @@ INSTANTIATE_TEST_SUITE_P(
         MethodCase{"ram", "epsilon: 0.01", true}, MethodCase{"ramplus_tl", "epsilon: 0.01", true}),
     [](const auto& info) { return info.param.method; });
 
+// Fine-tunes often leave tensors alone: no length, angle or variance to divide by.
+TEST_F(EngineTest, WhatNoModelChangedStaysAsItIs) {
+  for (const char* name : {"c1", "c2", "c3"}) {
+    std::filesystem::copy(folder_ / "m0.safetensors", folder_ / absl::StrCat(name, ".safetensors"));
+  }
+  const auto base = ReadTensors(folder_ / "m0.safetensors");
+  for (const auto& [method, parameters, copies] : {std::tuple{"nearswap", "t: 0.1", 1},
+                                                   {"arcee_fusion", "", 1},
+                                                   {"nuslerp", "weight: 0.5", 2},
+                                                   {"multislerp", "weight: 0.7", 3},
+                                                   {"model_stock", "", 3},
+                                                   {"model_stock", "filter_wise: true", 3},
+                                                   {"task_arithmetic", "weight: 0.7", 3},
+                                                   {"ties", "weight: 0.7, density: 0.4", 3},
+                                                   {"dare_ties", "weight: 0.7, density: 0.4", 3},
+                                                   {"della", "weight: 0.7, density: 0.4", 3},
+                                                   {"breadcrumbs", "weight: 0.7, density: 0.4", 3},
+                                                   {"sce", "select_topk: 0.3", 3},
+                                                   {"ram", "", 3},
+                                                   {"ramplus_tl", "", 3}}) {
+    const std::string out = absl::StrCat(method, parameters);
+    std::string recipe = absl::StrCat("merge_method: ", method, "\nparameters: {", parameters,
+                                      "}\nbase_model: $/m0.safetensors\nmodels:\n");
+    for (int i = 1; i <= copies; ++i)
+      absl::StrAppend(&recipe, "  - model: $/c", i, ".safetensors\n");
+    recipe = absl::StrReplaceAll(recipe, {{"$", folder_.path()}});
+    const auto merged = Merge(recipe, out);
+    ASSERT_TRUE(merged.ok()) << method << ": " << merged.status();
+    for (const auto& [name, tensor] : ReadTensors(folder_ / out)) {
+      EXPECT_EQ(tensor.values, base.at(name).values) << method << " " << parameters << ": " << name;
+    }
+  }
+}
+
 // The largest tenth is dropped, the next four tenths are kept: exactly, ties with the lowest index
 // first.
 TEST_F(EngineTest, BreadcrumbsKeepsExactlyTheBand) {
