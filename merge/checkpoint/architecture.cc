@@ -72,6 +72,19 @@ absl::StatusOr<std::string> ArchitectureName(const Checkpoint& model, const json
 
 }  // namespace
 
+std::string StoredName(const Checkpoint& model, const ArchTensor& tensor, bool with_tied) {
+  if (model.Find(tensor.name) != nullptr) return tensor.name;
+  for (const std::string& alias : tensor.aliases) {
+    if (model.Find(alias) != nullptr) return alias;
+  }
+  if (with_tied) {
+    for (const std::string& tied : tensor.tied_names) {
+      if (model.Find(tied) != nullptr) return tied;
+    }
+  }
+  return "";
+}
+
 absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(Models inputs,
                                                                         bool allow_mixed,
                                                                         const RawNaming& raw) {

@@ -58,6 +58,10 @@ class Architecture {
   virtual const std::vector<std::string>& tagalong_files() const = 0;
 };
 
+// The name under which a model stores a tensor: its own, an alias or, `with_tied`, that of a tensor
+// with the same values. Empty when it does not.
+std::string StoredName(const Checkpoint& model, const ArchTensor& tensor, bool with_tied);
+
 // Which of the names of raw checkpoints are merged.
 enum class RawNames {
   kSame,          // all; every checkpoint must have them

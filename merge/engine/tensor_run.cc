@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,7 +34,7 @@ TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& envir
 absl::Status TensorRun::Run() {
   const auto run = [&] {
     if (tensor_.task != nullptr) return RunTask();
-    return tensor_.method == nullptr ? Copy(0) : tensor_.method->run(*this);
+    return tensor_.method == nullptr ? CopyInputs() : tensor_.method->run(*this);
   };
   return Annotate(run(), absl::StrCat("output tensor ", tensor_.name));
 }
@@ -326,14 +327,33 @@ absl::Status TensorRun::Map(const kernels::MapOp& op, Operands operands) {
   return Pass(operands, /*writes_output=*/true, map, CutFor(op));
 }
 
-absl::Status TensorRun::Copy(int input) {
-  // Straight from the source into the output's buffer: no kernel, no device.
-  const DType dtype = source(input).dtype();
+absl::Status TensorRun::Copy(int input) { return CopyAll({&input, 1}); }
+
+absl::Status TensorRun::CopyInputs() {
+  std::vector<int> all(tensor_.inputs.size());
+  std::iota(all.begin(), all.end(), 0);
+  return CopyAll(all);
+}
+
+absl::Status TensorRun::CopyAll(Operands operands) {
+  // Straight from the sources into the output's buffer: no kernel, no device.
+  const DType dtype = source(operands[0]).dtype();
+  const int64_t width = ByteWidth(dtype);
   return ForEachTile(
-      {&input, 1}, /*writes_output=*/true, Cut::kTiles, [&](const Tile& tile) -> absl::Status {
-        ASSIGN_OR_RETURN(PooledBuffer result,
-                         environment_.buffers.Acquire(tile.count * ByteWidth(dtype)));
-        RETURN_IF_ERROR(ReadAudited(input, tile.first, tile.count, result.data()));
+      operands, /*writes_output=*/true, Cut::kTiles, [&](const Tile& tile) -> absl::Status {
+        ASSIGN_OR_RETURN(PooledBuffer result, environment_.buffers.Acquire(tile.count * width));
+        auto* const out = static_cast<std::byte*>(result.data());
+        int64_t begin = 0;  // of the operand, in the output
+        for (int operand : operands) {
+          const int64_t end = begin + source(operand).shape().elements();
+          const int64_t first = std::max(tile.first, begin);
+          const int64_t count = std::min(tile.first + tile.count, end) - first;
+          if (count > 0) {
+            RETURN_IF_ERROR(
+                ReadAudited(operand, first - begin, count, out + (first - tile.first) * width));
+          }
+          begin = end;
+        }
         return Emit(tile, std::move(result), dtype);
       });
 }

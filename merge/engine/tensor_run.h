@@ -101,6 +101,9 @@ class TensorRun : public MethodContext {
   absl::StatusOr<kernels::ConstView> Load(const Tile& tile, int operand, int slot);
   absl::Status CheckFinite(kernels::ConstView host, int64_t first, int operand);
   absl::Status RunTask();
+  absl::Status CopyInputs();
+  // The operands' elements, one operand after the other.
+  absl::Status CopyAll(Operands operands);
   // A tile of the result in host memory, in `from`, goes to the output in the output's dtype.
   absl::Status Emit(const Tile& tile, PooledBuffer result, DType from);
 

@@ -191,17 +191,11 @@ class Extraction {
     ASSIGN_OR_RETURN(const auto architecture, ResolveArchitecture(both, plan_.options.allow_mixed));
     plan_.architecture = architecture->name();
     absl::flat_hash_set<std::string> known;
-    const auto stored = [](const Checkpoint& model, const ArchTensor& tensor) -> std::string {
-      if (model.Find(tensor.name) != nullptr) return tensor.name;
-      for (const std::string& alias : tensor.aliases) {
-        if (model.Find(alias) != nullptr) return alias;
-      }
-      return "";
-    };
     const auto add = [&](const std::vector<ArchTensor>& tensors) {
       for (const ArchTensor& tensor : tensors) {
         if (tensor.vocabulary) vocabulary_.insert(tensor.name);
-        const Stored names{stored(tuned(), tensor), stored(base(), tensor)};
+        const Stored names{StoredName(tuned(), tensor, /*with_tied=*/false),
+                           StoredName(base(), tensor, /*with_tied=*/false)};
         if (names.tuned.empty()) {
           if (!tensor.tied_names.empty()) tied_.push_back(tensor);
           continue;

@@ -16,9 +16,11 @@
 namespace pewter {
 namespace {
 
-// Where the first operand of a tensor is stored: (file, offset).
+// Where the first operand of a tensor is stored: (file, offset). What is made and not read comes
+// first.
 std::pair<int, int64_t> StoredAt(const Plan& plan, const PlanTensor& tensor) {
   const PlanInput& first = tensor.base ? *tensor.base : tensor.inputs.front();
+  if (first.tensor.empty()) return {-1, 0};
   const PlanModel& model = plan.models[first.model];
   return {model.file_base + model.checkpoint->FileOf(first.tensor),
           model.checkpoint->Find(first.tensor)->offset};

@@ -316,18 +316,17 @@ absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& a
                                      : absl::OkStatus();
 }
 
-void AddModelCard(const Recipe& recipe, const MergeMethod& method, absl::Span<const int> models,
-                  int base, Plan& plan) {
-  std::string text = recipe.text;
+void AddModelCard(const ModelCard& model_card, Plan& plan) {
+  std::string text = model_card.recipe;
   if (!text.empty() && text.back() != '\n') text += '\n';
-  for (const auto& [key, value] : recipe.overrides) {
+  for (const auto& [key, value] : model_card.overrides) {
     absl::StrAppend(&text, "# set on the command line: ", key, "=",
                     absl::StrReplaceAll(value, {{"\n", " "}, {"\r", " "}}), "\n");
   }
 
   std::string card = "---\n";
   std::vector<std::string> ids;
-  for (int model : models) {
+  for (int model : model_card.models) {
     std::string id = HubId(plan.models[model]);
     if (!id.empty() && std::find(ids.begin(), ids.end(), id) == ids.end()) {
       ids.push_back(std::move(id));
@@ -339,21 +338,21 @@ void AddModelCard(const Recipe& recipe, const MergeMethod& method, absl::Span<co
   }
   absl::StrAppend(&card,
                   "library_name: transformers\ntags:\n- mergekit\n- merge\n- pewter\n---\n"
-                  "# Merged model\n\nMade with Pewter.\n\n## Method\n\n[",
-                  method.title, "](", method.reference, ")", ": ", method.summary, ".");
-  if (base >= 0) {
-    absl::StrAppend(&card, " The base model is `", plan.models[base].ref, "`.");
+                  "# Merged model\n\nMade with Pewter.\n\n## Method\n\n",
+                  model_card.method);
+  if (model_card.base >= 0) {
+    absl::StrAppend(&card, " The base model is `", plan.models[model_card.base].ref, "`.");
   }
   absl::StrAppend(&card, "\n\n## Models\n\n");
-  for (int model : models) {
-    if (model != base) absl::StrAppend(&card, "- `", plan.models[model].ref, "`\n");
+  for (int model : model_card.models) {
+    if (model != model_card.base) absl::StrAppend(&card, "- `", plan.models[model].ref, "`\n");
   }
   // A fence longer than any in the recipe, so that no recipe can end it.
   std::string fence = "```";
   while (absl::StrContains(text, fence)) fence += '`';
   absl::StrAppend(&card, "\n## Recipe\n\n", fence, "yaml\n", text, fence, "\n");
   plan.aux_files.push_back({.name = "README.md", .text = std::move(card)});
-  plan.aux_files.push_back({.name = "mergekit_config.yml", .text = std::move(text)});
+  plan.aux_files.push_back({.name = model_card.recipe_file, .text = std::move(text)});
 }
 
 }  // namespace pewter

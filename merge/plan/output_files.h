@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -41,8 +42,15 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
 absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& architecture,
                            const TokenIds* token_ids, const TokenizerEdit& tokenizer, Plan& plan);
 
-// README.md and mergekit_config.yml. `models` in the recipe's order, `base` -1 for none.
-void AddModelCard(const Recipe& recipe, const MergeMethod& method, absl::Span<const int> models,
-                  int base, Plan& plan);
+// What README.md says, and the recipe that it shows and that is written beside it.
+struct ModelCard {
+  std::string method;       // Markdown
+  std::vector<int> models;  // in the recipe's order
+  int base = -1;            // -1: none
+  std::string recipe;
+  std::vector<std::pair<std::string, std::string>> overrides;  // applied to it
+  std::string recipe_file;
+};
+void AddModelCard(const ModelCard& card, Plan& plan);
 
 }  // namespace pewter

@@ -451,20 +451,6 @@ class Planner {
     return chosen;
   }
 
-  // The name under which a model stores a tensor; empty when it does not.
-  static std::string StoredName(const Checkpoint& model, const ArchTensor& tensor, bool with_tied) {
-    if (model.Find(tensor.name) != nullptr) return tensor.name;
-    for (const std::string& alias : tensor.aliases) {
-      if (model.Find(alias) != nullptr) return alias;
-    }
-    if (with_tied) {
-      for (const std::string& tied : tensor.tied_names) {
-        if (model.Find(tied) != nullptr) return tied;
-      }
-    }
-    return "";
-  }
-
   // `inputs` has the tensor of each source of the slice, with the source's layer number.
   absl::Status PlanTensorOf(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
                             const Slice& slice, const LayerPlace& at) {
@@ -841,7 +827,14 @@ class Planner {
     if (plan_.options.write_model_card) {
       std::vector<int> models;
       for (int i = 0; i < input_models_; ++i) models.push_back(i);
-      AddModelCard(recipe_, *method_, models, base_, plan_);
+      AddModelCard({.method = absl::StrCat("[", method_->title, "](", method_->reference,
+                                           "): ", method_->summary, "."),
+                    .models = std::move(models),
+                    .base = base_,
+                    .recipe = recipe_.text,
+                    .overrides = recipe_.overrides,
+                    .recipe_file = "mergekit_config.yml"},
+                   plan_);
     }
     return absl::OkStatus();
   }

@@ -40,8 +40,8 @@ struct PlanOptions {
 
 // One input of one output tensor.
 struct PlanInput {
-  int model = 0;                               // index into Plan::models
-  std::string tensor;                          // name in the checkpoint
+  int model = 0;       // index into Plan::models
+  std::string tensor;  // name in the checkpoint; empty for what is made and not read
   std::shared_ptr<const TensorSource> source;  // LoRA applied, cast to the work dtype
   ParamValues params;                          // of scope kModel
   ParamOrigins origins;                        // of params
@@ -61,7 +61,8 @@ struct PlanTensor {
   DType dtype = DType::kF32;  // of the output
   Shape shape;
   const MergeMethod* method =
-      nullptr;  // null, as is task: the only input is copied (buffers, single optional inputs)
+      nullptr;  // null, as is task: the inputs are copied, one after the other (buffers, single
+                // optional inputs; experts that are stacked). They have one dtype
   std::shared_ptr<const TensorTask> task;  // instead of a method
   // What a task computes together and the file holds one after the other (factors of a matrix);
   // `name` is then for messages alone and `shape` flat. Empty: the tensor itself.

@@ -47,8 +47,11 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
       }
     }
     widest = std::max({widest, ByteWidth(tensor.dtype), ByteWidth(tensor.result_dtype)});
-    most_operands = std::max<int64_t>(
-        most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
+    // Copied inputs are read into the result.
+    if (tensor.method != nullptr || tensor.task != nullptr) {
+      most_operands = std::max<int64_t>(
+          most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
+    }
     if (tensor.method != nullptr && tensor.method->selects) {
       candidates = std::max(candidates, static_cast<int64_t>(tensor.inputs.size()) *
                                             kernels::MostCandidates(tensor.shape.elements()) *

@@ -9,36 +9,21 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "absl/types/span.h"
-#include "base/dtype_names.h"
 #include "base/nearest.h"
 #include "base/status.h"
 #include "merge/recipe/stages.h"
 #include "merge/recipe/yaml.h"
+#include "merge/recipe/yaml_reader.h"
 
 namespace pewter {
 namespace {
 
-using Kind = YamlNode::Kind;
-
-bool IsNull(const YamlNode* node) { return node == nullptr || node->kind == Kind::kNull; }
-
-absl::Status Expected(const YamlNode& node, absl::string_view what, absl::string_view expected) {
-  return RecipeError(node.at, absl::StrCat(what, " must be ", expected, ", not ", node.Describe()));
-}
-
-// One key that a mapping may have.
-struct Key {
-  const char* name;
-  // Not null: known, but a recipe that uses it is refused, with this reason.
-  const char* refused = nullptr;
-};
-
 // Larger than any alignment that hardware asks for.
 constexpr int64_t kMaxPadding = int64_t{1} << 20;
 
-class RecipeReader {
+class RecipeReader : private YamlReader {
  public:
-  explicit RecipeReader(Recipe& recipe) : recipe_(recipe) {}
+  explicit RecipeReader(Recipe& recipe) : YamlReader(recipe.warnings), recipe_(recipe) {}
 
   absl::Status Read(const YamlNode& root) {
     constexpr const char* kLater = "is not supported by this version of Pewter";
@@ -97,108 +82,6 @@ class RecipeReader {
     }
     RETURN_IF_ERROR(ReadDType(root, "dtype", recipe_.dtype));
     return ReadDType(root, "out_dtype", recipe_.out_dtype);
-  }
-
-  // Refuses keys that are known and not supported; warns of unknown ones, which mergekit ignores.
-  absl::Status CheckKeys(const YamlNode& mapping, absl::string_view where,
-                         absl::Span<const Key> keys) {
-    std::vector<std::string> names;
-    for (const Key& key : keys) names.emplace_back(key.name);
-    for (const YamlNode::Entry& entry : mapping.entries) {
-      const auto key = std::find_if(keys.begin(), keys.end(),
-                                    [&](const Key& k) { return entry.key->text == k.name; });
-      if (key == keys.end()) {
-        recipe_.warnings.push_back(
-            absl::StrCat(entry.key->at.ToString(), ": key ", entry.key->Describe(), " of ", where,
-                         " means nothing and is ignored", DidYouMean(entry.key->text, names)));
-      } else if (key->refused != nullptr && !IsNull(entry.value)) {
-        return RecipeError(entry.key->at, absl::StrCat("`", key->name, "` ", key->refused));
-      }
-    }
-    return absl::OkStatus();
-  }
-
-  static absl::StatusOr<std::string> Text(const YamlNode& node, absl::string_view what) {
-    if (node.kind != Kind::kScalar || node.text.empty()) {
-      return Expected(node, absl::StrCat("`", what, "`"), "text");
-    }
-    return node.text;
-  }
-
-  static absl::Status ReadDType(const YamlNode& root, absl::string_view key,
-                                std::optional<DType>& dtype) {
-    const YamlNode* node = root.Find(key);
-    if (IsNull(node)) return absl::OkStatus();
-    ASSIGN_OR_RETURN(const std::string name, Text(*node, key));
-    const auto parsed = DTypeFromTorch(name);
-    const bool supported = parsed.ok() && (*parsed == DType::kF64 || *parsed == DType::kF32 ||
-                                           *parsed == DType::kF16 || *parsed == DType::kBF16);
-    if (!supported) {
-      return Expected(*node, absl::StrCat("`", key, "`"), "float64, float32, float16 or bfloat16");
-    }
-    dtype = *parsed;
-    return absl::OkStatus();
-  }
-
-  // {path, revision}, or text.
-  absl::Status ReadModelPath(const YamlNode& node, absl::string_view what, std::string& path,
-                             std::string& revision) {
-    if (node.kind == Kind::kScalar) {
-      ASSIGN_OR_RETURN(const ModelRef ref, ModelFromText(node, what));
-      if (!ref.adapter.empty()) {
-        return Expected(node, what, "one path here; the adapter is its own key, `lora`");
-      }
-      path = ref.path;
-      revision = ref.revision;
-      return absl::OkStatus();
-    }
-    if (node.kind != Kind::kMapping) return Expected(node, what, "a path or {path, revision}");
-    static constexpr Key kKeys[] = {{"path"}, {"revision"}};
-    RETURN_IF_ERROR(CheckKeys(node, what, kKeys));
-    const YamlNode* path_node = node.Find("path");
-    if (IsNull(path_node)) return RecipeError(node.at, absl::StrCat(what, " has no `path`"));
-    ASSIGN_OR_RETURN(path, Text(*path_node, "path"));
-    if (const YamlNode* revision_node = node.Find("revision"); !IsNull(revision_node)) {
-      ASSIGN_OR_RETURN(revision, Text(*revision_node, "revision"));
-    }
-    return absl::OkStatus();
-  }
-
-  static absl::StatusOr<ModelRef> ModelFromText(const YamlNode& node, absl::string_view what) {
-    if (node.text.empty()) return Expected(node, what, "a path");
-    auto ref = ParseModelRef(node.text);
-    if (!ref.ok()) return RecipeError(node.at, ref.status().message());
-    ref->at = node.at;
-    return ref;
-  }
-
-  absl::StatusOr<ModelRef> ReadModel(const YamlNode& node, absl::string_view what) {
-    if (node.kind == Kind::kScalar) return ModelFromText(node, what);
-    if (node.kind != Kind::kMapping) {
-      return Expected(node, what, "PATH[@REVISION][+ADAPTER] or a mapping with `model`");
-    }
-    static constexpr Key kKeys[] = {{"model"}, {"lora"}, {"override_architecture"}};
-    RETURN_IF_ERROR(CheckKeys(node, what, kKeys));
-    const YamlNode* model = node.Find("model");
-    if (IsNull(model)) return RecipeError(node.at, absl::StrCat(what, " has no `model`"));
-    ModelRef ref;
-    ref.at = node.at;
-    RETURN_IF_ERROR(ReadModelPath(*model, what, ref.path, ref.revision));
-    if (const YamlNode* lora = node.Find("lora"); !IsNull(lora)) {
-      RETURN_IF_ERROR(ReadModelPath(*lora, "`lora`", ref.adapter, ref.adapter_revision));
-    }
-    if (const YamlNode* name = node.Find("override_architecture"); !IsNull(name)) {
-      ASSIGN_OR_RETURN(ref.override_architecture, Text(*name, "override_architecture"));
-    }
-    return ref;
-  }
-
-  absl::Status ReadOptionalModel(const YamlNode& mapping, absl::string_view key,
-                                 std::optional<ModelRef>& model) {
-    const YamlNode* node = mapping.Find(key);
-    if (IsNull(node)) return absl::OkStatus();
-    ASSIGN_OR_RETURN(model, ReadModel(*node, absl::StrCat("`", key, "`")));
-    return absl::OkStatus();
   }
 
   static absl::StatusOr<ParamScalar> ReadScalar(const YamlNode& node, absl::string_view param) {
@@ -394,15 +277,6 @@ class RecipeReader {
       return Expected(*id, "`token_id`", "a whole number that is not negative");
     }
     return absl::OkStatus();
-  }
-
-  // The list below `key`; null when it is absent or empty.
-  static absl::StatusOr<const YamlNode*> List(const YamlNode& mapping, absl::string_view key) {
-    const YamlNode* node = mapping.Find(key);
-    if (IsNull(node)) return nullptr;
-    if (node->kind != Kind::kSequence)
-      return Expected(*node, absl::StrCat("`", key, "`"), "a list");
-    return node->items.empty() ? nullptr : node;
   }
 
   absl::StatusOr<RecipeSource> ReadSource(const YamlNode& node, bool sliced) {
