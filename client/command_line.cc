@@ -10,6 +10,7 @@ namespace {
 constexpr Command kCommands[] = {
     {"merge", "Merge models into a new one, on this machine", &DeclareMerge},
     {"plan", "Check a recipe and show what merging it would read, compute and write", &DeclarePlan},
+    {"moe", "Make a mixture of experts from dense models", &DeclareMoe},
     {"extract-lora", "Write what a fine-tune changed in its base as a LoRA adapter",
      &DeclareExtractLora},
     {"methods", "List merge methods, or explain one", &DeclareMethods},

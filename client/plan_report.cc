@@ -52,9 +52,13 @@ Json ToJson(const ParamOrigins& origins) {
 Json LayerToJson(int64_t layer) { return layer < 0 ? Json() : Json(layer); }
 
 Json ToJson(const PlanInput& input, const Plan& plan) {
-  return {{"model", plan.models[input.model].ref}, {"tensor", input.tensor},
-          {"layer", LayerToJson(input.layer)},     {"views", input.views},
-          {"parameters", ToJson(input.params)},    {"parameter_origins", ToJson(input.origins)}};
+  const bool made = input.tensor.empty();
+  return {{"model", made ? Json() : Json(plan.models[input.model].ref)},
+          {"tensor", made ? Json() : Json(input.tensor)},
+          {"layer", LayerToJson(input.layer)},
+          {"views", input.views},
+          {"parameters", ToJson(input.params)},
+          {"parameter_origins", ToJson(input.origins)}};
 }
 
 std::string MethodName(const PlanTensor& tensor) {
@@ -133,8 +137,9 @@ std::string ExplainTensor(const Plan& plan, const PlanTensor& tensor) {
       absl::StrCat(tensor.name, "  ", tensor.shape.ToString(), " ", Dtypes(tensor), "  ",
                    MethodName(tensor), ExplainParams(tensor.params, tensor.origins), "\n");
   const auto add_input = [&](const PlanInput& input, absl::string_view role) {
-    absl::StrAppend(&text, "    ", role, plan.models[input.model].ref);
-    if (input.tensor != tensor.name) absl::StrAppend(&text, ": ", input.tensor);
+    const bool made = input.tensor.empty();
+    absl::StrAppend(&text, "    ", role, made ? "not read" : plan.models[input.model].ref);
+    if (!made && input.tensor != tensor.name) absl::StrAppend(&text, ": ", input.tensor);
     if (!input.views.empty()) absl::StrAppend(&text, "  [", absl::StrJoin(input.views, "; "), "]");
     absl::StrAppend(&text, ExplainParams(input.params, input.origins), "\n");
   };

@@ -58,7 +58,11 @@ class RecipeReader : private YamlReader {
 
     const YamlNode* method = root.Find("merge_method");
     if (IsNull(method)) {
-      return RecipeError(root.at, "`merge_method` is missing; `pewter methods` lists the methods");
+      return RecipeError(root.at,
+                         IsNull(root.Find("experts"))
+                             ? "`merge_method` is missing; `pewter methods` lists the methods"
+                             : "`merge_method` is missing; mixtures of experts are made by "
+                               "`pewter moe`");
     }
     ASSIGN_OR_RETURN(recipe_.merge_method, Text(*method, "merge_method"));
     recipe_.merge_method_at = method->at;

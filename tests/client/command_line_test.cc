@@ -20,6 +20,7 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
   const std::pair<const char*, const char*> cases[] = {
       {"merge", "merge r.yaml out"},
       {"plan", "plan r.yaml"},
+      {"moe", "moe r.yaml out --separate-experts"},
       {"methods", "methods"},
       {"inspect", "inspect m"},
       {"convert", "convert m out"},
@@ -62,6 +63,7 @@ TEST(CommandLineTest, RefusesBadUsage) {
            "merge r.yaml out --resume --overwrite",
            "merge r.yaml out -o yaml",
            "merge r.yaml out -i -u",
+           "moe r.yaml",
            "convert m",
            "convert m out --dtype int4",
            "jobs",

@@ -513,6 +513,55 @@ def test_stages_are_planned_before_the_first_is_merged(cli, models):
     assert not (cli.folder / "out").exists() and not (cli.folder / "out.stages").exists()
 
 
+# Mixtures of experts ----------------------------------------------------------------------------
+
+
+MIXTURE = "base_model: ./a\ngate_mode: random\nexperts: [{source_model: ./a}, {source_model: ./b}]\n"
+
+
+def test_moe_stacks_the_experts(cli, models):
+    recipe = cli.recipe(MIXTURE)
+    assert "MixtralForCausalLM" in cli("moe", recipe, "mix", "--dry-run").out
+    plan = json.loads(cli("moe", recipe, "mix", "--dry-run", "-o", "json").out)
+    assert not (cli.folder / "mix").exists()
+    tensors = {tensor["name"]: tensor for tensor in plan["tensors"]}
+    fused = tensors["model.layers.1.mlp.experts.gate_up_proj"]["inputs"]
+    assert [(i["model"], i["tensor"].split(".")[-2]) for i in fused] == [
+        ("./a", "gate_proj"),
+        ("./a", "up_proj"),
+        ("./b", "gate_proj"),
+        ("./b", "up_proj"),
+    ]
+    assert tensors["model.layers.1.mlp.gate.weight"]["inputs"][0]["model"] is None
+    cli("moe", recipe, "mix")
+    made = read_safetensors(cli.folder / "mix/model.safetensors")
+    up = [models[name]["model.layers.1.mlp.up_proj.weight"] for name in "ab"]
+    gate = [models[name]["model.layers.1.mlp.gate_proj.weight"] for name in "ab"]
+    expected = np.stack([np.concatenate(pair) for pair in zip(gate, up)])
+    np.testing.assert_array_equal(made["model.layers.1.mlp.experts.gate_up_proj"], expected)
+    config = json.loads((cli.folder / "mix/config.json").read_text())
+    assert config["model_type"] == "mixtral" and config["num_local_experts"] == 2
+    assert (cli.folder / "mix/pewter_manifest.json").exists()
+    assert (cli.folder / "mix/mergekit_moe_config.yml").read_text() == MIXTURE
+    assert "`./a`, `./b`" in (cli.folder / "mix/README.md").read_text()
+    cli("moe", recipe, "one", "--separate-experts", "--load-in-4bit")
+    made = read_safetensors(cli.folder / "one/model.safetensors")
+    np.testing.assert_array_equal(made["model.layers.1.block_sparse_moe.experts.1.w3.weight"], up[1])
+
+
+def test_moe_says_what_it_cannot_do(cli, models):
+    recipe = cli.recipe(MIXTURE.replace("random", "hidden"))
+    message = cli("moe", recipe, "mix", expect=USAGE).err
+    assert "recipe.yaml:2:12" in message and "cheap_embed" in message
+    recipe = cli.recipe(
+        "base_model: ./a\ngate_mode: cheap_embed\nexperts:\n"
+        "  - {source_model: ./a, positive_prompts: [x]}\n"
+        "  - {source_model: ./b, positive_prompts: [y]}\n"
+    )
+    message = cli("moe", recipe, "mix", expect=FAILED).err
+    assert "recipe.yaml:4:5" in message and "positive_prompt_ids" in message
+
+
 # The other commands -----------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-// ParseRecipe on any bytes: no crash, no exception, bounded time; every refusal is
-// InvalidArgument. Text before the first 0xFF byte is the recipe, the rest an override.
+// ParseRecipe and ParseMoeRecipe on any bytes: no crash, no exception, bounded time; every refusal
+// is InvalidArgument. Text before the first 0xFF byte is the recipe, the rest an override.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/string_view.h"
+#include "merge/recipe/moe_recipe.h"
 #include "merge/recipe/recipe.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -20,6 +21,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (equals != absl::string_view::npos) {
       overrides.emplace_back(rest.substr(0, equals), rest.substr(equals + 1));
     }
+  }
+  const absl::StatusOr<pewter::MoeRecipe> mixture =
+      pewter::ParseMoeRecipe(input.substr(0, cut), overrides);
+  if (mixture.ok()) {
+    if (mixture->base_model.ToString().empty() || mixture->experts.empty()) abort();
+  } else if (!absl::IsInvalidArgument(mixture.status()) || mixture.status().message().empty()) {
+    abort();
   }
   const absl::StatusOr<pewter::Recipe> recipe =
       pewter::ParseRecipe(input.substr(0, cut), overrides);

@@ -46,7 +46,7 @@ std::vector<Case> Cases() {
     for (const auto& entry : fs::directory_iterator(root / "cases")) {
       const std::string id = entry.path().filename();
       const json meta = json::parse(ReadFile(entry.path() / "meta.json"));
-      if (meta["tool"] == "mergekit-extract-lora") {
+      if (meta["tool"] == "mergekit-extract-lora" || meta["tool"] == "mergekit-moe") {
         cases.push_back({fs::weakly_canonical(root).string(), id});
         continue;
       }
@@ -170,8 +170,18 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
     }
   }
 
+  absl::StatusOr<Plan> MakeMoeGoldenPlan() {
+    const absl::StatusOr<MoeRecipe> recipe = ParseMoeRecipe(ReadFile(folder_ + "/recipe.yml"));
+    if (!recipe.ok()) return recipe.status();
+    const std::vector<std::string> args = meta_["args"];
+    const bool same = std::find(args.begin(), args.end(),
+                                "--i-understand-this-is-not-useful-without-training") != args.end();
+    return MakeMoePlan(*recipe, options_, {.allow_all_same = same});
+  }
+
   absl::StatusOr<Plan> MakeGoldenPlan() {
     if (meta_["tool"] == "mergekit-extract-lora") return MakeExtractPlan();
+    if (meta_["tool"] == "mergekit-moe") return MakeMoeGoldenPlan();
     const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(folder_ + "/recipe.yml"));
     if (!recipe.ok()) return recipe.status();
     return MakePlan(*recipe, options_);
@@ -366,7 +376,12 @@ TEST_P(GoldenTest, Agrees) {
   }
   const json want = json::parse(ReadFile(folder_ + "/expected/config.json"));
   const json got = json::parse(ReadFile(out_ / "model/config.json"));
-  for (const char* key : {"num_hidden_layers", "n_layer", "vocab_size", "architectures"}) {
+  // Of mixtures all that tells one from the dense models, too.
+  for (const char* key :
+       {"num_hidden_layers", "n_layer", "vocab_size", "architectures", "num_local_experts",
+        "num_experts", "num_experts_per_tok", "n_routed_experts", "n_shared_experts",
+        "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "sliding_window", "norm_topk_prob"}) {
     if (!want.contains(key)) continue;
     // mergekit leaves the size of a vocabulary that it cuts as it was.
     if (options_.truncate_vocabularies && key == std::string("vocab_size")) continue;
