@@ -341,7 +341,7 @@ TEST_F(MoeTest, Dtypes) {
     EXPECT_EQ(tensor.dtype, of_base ? DType::kBF16 : DType::kF32) << tensor.name;
   }
   const Tensors made = Make(kPrompts);
-  const auto& one = Of("one").at("model.layers.0.mlp.down_proj.weight").values;
+  const std::vector<double> one = Of("one").at("model.layers.0.mlp.down_proj.weight").values;
   const auto& stacked = made.at("model.layers.0.mlp.experts.down_proj").values;
   EXPECT_EQ(std::vector<double>(stacked.begin(), stacked.begin() + one.size()), one);
 }
