@@ -34,6 +34,23 @@ class RecipePathsTest : public testing::Test {
   fs::path folder_;
 };
 
+TEST_F(RecipePathsTest, ChangesModelsOfTokens) {
+  EXPECT_EQ(Rewritten("merge_method: linear\n"
+                      "models: [{model: /a}]\n"
+                      "tokenizer:\n"
+                      "  source: ./s\n"
+                      "  tokens:\n"
+                      "    ./x: {source: ./b}\n"
+                      "    y: {source: {kind: model_token, model: {model: ./c}, token: ./c}}\n"),
+            "merge_method: linear\n"
+            "models: [{model: /a}]\n"
+            "tokenizer:\n"
+            "  source: " +
+                At("s") + "\n  tokens:\n    ./x: {source: " + At("b") +
+                "}\n    y: {source: {kind: model_token, model: {model: " + At("c") +
+                "}, token: ./c}}\n");
+}
+
 TEST_F(RecipePathsTest, ChangesPathsAndNothingElse) {
   EXPECT_EQ(Rewritten("# mine\n"
                       "merge_method: task_arithmetic  # here\n"

@@ -122,6 +122,8 @@ PlanZoo::PlanZoo() : old_path_(fs::current_path()) {
         plain.list());
   folder_.Write("llama_base/generation_config.json", "{\"bos_token_id\": 1}");
   Model("llama_few", llama(2, 2, "float32"), Decoder(2, 2, 4, DType::kF32).list());
+  Model("llama_odd", llama(2, 6, "float32"), plain.list());
+  folder_.Write("llama_odd/tokenizer.json", "{\"model\": {\"vocab\": {\"a\": 1, \"b\": 1}}}");
   folder_.Write("llama_few/tokenizer.json", Tokenizer({"b", "<pad>"}));
   folder_.Write("llama_few/tokenizer_config.json", "{\"pad_token\": \"<pad>\"}");
   Model("llama_3", llama(3, 6, "float32"), Decoder(3, 6, 4, DType::kF32).list());

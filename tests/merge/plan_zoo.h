@@ -19,6 +19,8 @@ namespace pewter::testing {
 //   llama_headless                   no model.norm.weight, which is required
 //   llama_wide                       width 8
 //   llama_vocab8                     8 tokens, the first two swapped
+//   llama_few                        2 tokens, one of them for padding
+//   llama_odd                        a tokenizer that gives two tokens one id
 //   llama_extra                      also tensors that the family does not have
 //   granite_a granite_b granite_c    biases in b and c only
 //   qwen2_a qwen2_b                  2 layers, layer_types, tied head
