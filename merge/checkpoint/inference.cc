@@ -85,10 +85,10 @@ bool LooksLikeVocabulary(const std::string& name, Models models, const std::vect
     const TensorInfo* info = models[i]->Find(name);
     if (info == nullptr) continue;
     if (!IsFloat(info->dtype) || info->shape.rank() < 1 || info->shape.rank() > 2) return false;
-    const auto sections = Sections(configs[i]);
-    return std::any_of(sections.begin(), sections.end(), [&](const auto& section) {
-      return IsNumber(*section.second, "vocab_size", info->shape[0]);
-    });
+    return absl::c_any_of(VocabularySizeKeys(configs[i], ConfigParts::kAll),
+                          [&](const std::string& key) {
+                            return FindDotted(configs[i], key)->get<int64_t>() == info->shape[0];
+                          });
   }
   return false;
 }

@@ -278,14 +278,9 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
     }
   }
   if (changes.vocabulary_rows) {
-    bool any = false;
-    for (absl::string_view key : kVocabularySizeKeys) {
-      ordered_json* size = FindDotted(config, key);
-      if (size == nullptr || !size->is_number_integer()) continue;
-      *size = *changes.vocabulary_rows;
-      any = true;
-    }
-    if (!any) {
+    const auto keys = VocabularySizeKeys(config, ConfigParts::kLanguageModel);
+    for (const std::string& key : keys) *FindDotted(config, key) = *changes.vocabulary_rows;
+    if (keys.empty()) {
       warnings.push_back(absl::StrCat("config.json of ", plan.models[donor].ref,
                                       " has no vocab_size; the output's has none either"));
     }
@@ -293,10 +288,8 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
   if (changes.token_ids != nullptr) {
     IdMover mover(*changes.token_ids, "config.json", warnings);
     mover.Move(config);
-    for (absl::string_view key : kVocabularySizeKeys) {
-      const size_t dot = key.find('.');
-      ordered_json* part = dot == key.npos ? nullptr : FindDotted(config, key.substr(0, dot));
-      if (part != nullptr) mover.Move(*part);
+    for (absl::string_view name : kLanguageModelParts) {
+      if (ordered_json* part = FindDotted(config, name)) mover.Move(*part);
     }
   }
   return config.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";

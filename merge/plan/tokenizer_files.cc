@@ -84,11 +84,9 @@ bool IsRole(absl::string_view key) { return absl::EndsWith(key, "_token"); }
 
 int64_t VocabularySize(const Checkpoint& model) {
   const json config = json::parse(model.config_json(), nullptr, /*allow_exceptions=*/false);
-  for (absl::string_view key : kVocabularySizeKeys) {
-    const json* size = FindDotted(config, key);
-    if (size != nullptr && size->is_number_integer()) return size->get<int64_t>();
-  }
-  return std::numeric_limits<int64_t>::max();
+  const auto keys = VocabularySizeKeys(config, ConfigParts::kLanguageModel);
+  return keys.empty() ? std::numeric_limits<int64_t>::max()
+                      : FindDotted(config, keys.front())->get<int64_t>();
 }
 
 class TokenizerReader {

@@ -20,10 +20,6 @@
 
 namespace pewter {
 
-// Keys of config.json that may hold the number of tokens; models of several parts have it nested.
-inline constexpr absl::string_view kVocabularySizeKeys[] = {
-    "text_config.vocab_size", "llm_config.vocab_size", "language_config.vocab_size", "vocab_size"};
-
 // Token to id.
 using Vocabulary = absl::flat_hash_map<std::string, int64_t>;
 
