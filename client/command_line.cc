@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -6,6 +7,13 @@
 namespace pewter::client {
 
 namespace {
+
+// mergekit's options of one dash and several letters, which CLI11 takes for several options.
+constexpr char kTransplant[] = "transplant-tokens";
+constexpr std::pair<const char*, const char*> kLongDashes[] = {
+    {"-nc", "--no-cosine-similarity"}, {"-pm", "--prefix-match"},     {"-bm", "--byte-match"},
+    {"-nvn", "--new-vocab-noise"},     {"-nvs", "--new-vocab-scale"},
+};
 
 constexpr Command kCommands[] = {
     {"merge", "Merge models into a new one, on this machine", &DeclareMerge},
@@ -21,6 +29,7 @@ constexpr Command kCommands[] = {
      &DeclareShuffleLayers},
     {"submit", "Have a server merge", &DeclareSubmit},
     {"jobs", "List, show, follow, cancel and delete jobs of a server", &DeclareJobs},
+    {kTransplant, "Give a model the tokenizer of another one", &DeclareTransplantTokens},
     {"completion", "Print completions for a shell", &DeclareCompletion},
 };
 
@@ -68,6 +77,17 @@ CommandLine::CommandLine() : app("Merges neural networks: model checkpoints in, 
     subcommand->callback([this, run = command.declare(*subcommand)] { body = run; });
   }
   AddOutputOptions(app, output);
+}
+
+void CommandLine::Parse(std::vector<std::string> words) {
+  const bool transplant = !words.empty() && words.front() == kTransplant;
+  for (std::string& word : words) {
+    for (const auto& [dash, name] : kLongDashes) {
+      if (transplant && word == dash) word = name;
+    }
+  }
+  std::reverse(words.begin(), words.end());  // CLI11 takes them from the end
+  app.parse(std::move(words));
 }
 
 }  // namespace pewter::client

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <functional>
+#include <string>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
@@ -35,6 +37,7 @@ CommandBody DeclareDiff(CLI::App& app);
 CommandBody DeclareShuffleLayers(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);
 CommandBody DeclareJobs(CLI::App& app);
+CommandBody DeclareTransplantTokens(CLI::App& app);
 CommandBody DeclareCompletion(CLI::App& app);
 
 // The whole command line: what main.cc parses and what completions are made from. Parsing sets
@@ -42,6 +45,9 @@ CommandBody DeclareCompletion(CLI::App& app);
 struct CommandLine {
   CommandLine();
   CommandLine(const CommandLine&) = delete;
+
+  // The words after the program's name. Throws CLI11's errors.
+  void Parse(std::vector<std::string> words);
 
   CLI::App app;
   OutputOptions output;

@@ -78,7 +78,7 @@ int Main(int argc, char** argv) {
     return kExitUsage;
   }
   try {
-    line.app.parse(argc, argv);
+    line.Parse({argv + 1, argv + argc});
   } catch (const CLI::Success& success) {  // --help, --version
     return line.app.exit(success);
   } catch (const CLI::ParseError& error) {

@@ -139,13 +139,31 @@ Json RecipeSchema() {
                 {"token", {{"type", "string"}}},
                 {"token_id", {{"type", "integer"}}}},
                {"kind", "model"})}}};
+  const Json match = {{"enum", {"yes", "no", "embed", "lm_head", true, false}}};
+  const Json how = {{"enum",
+                     {"omp", "mp_rope", "common_interpolation", "landmark_pca", "stb", "subword",
+                      "mean", "john_hewitt", "zero", "randn"}}};
+  const Json approximate = {
+      {"anyOf",
+       {how, Object({{"method", how},
+                     {"k", {{"type", "integer"}, {"minimum", 1}, {"maximum", 1024}}},
+                     {"cosine_similarity", {{"type", "boolean"}}},
+                     {"weight_scheme",
+                      {{"enum", {"distance_proportional", "barycentric", "least_squares"}}}},
+                     {"subword_method", {{"enum", {"mean", "sum", "weighted_mean", "first_last"}}}},
+                     {"prefix_match", match},
+                     {"byte_match", match},
+                     {"magikarp", {{"type", "boolean"}}},
+                     {"new_vocab_noise", {{"type", "number"}, {"minimum", 0}}},
+                     {"new_vocab_scale", {{"type", "number"}}}})}}};
   const Json tokenizer =
       Object({{"source", Reference("model")},
               {"tokens",
                {{"type", "object"},
                 {"additionalProperties",
                  Object({{"source", token_source}, {"force", {{"type", "boolean"}}}})}}},
-              {"pad_to_multiple_of", {{"type", "integer"}, {"minimum", 1}}}});
+              {"pad_to_multiple_of", {{"type", "integer"}, {"minimum", 1}}},
+              {"approximate", approximate}});
   Json recipe =
       Object({{"name", {{"type", "string"}, {"pattern", "^[A-Za-z0-9_-][A-Za-z0-9._-]*$"}}},
               {"merge_method", {{"enum", std::move(names)}}},

@@ -658,7 +658,7 @@ class MoePlanner {
 
   absl::Status AddFiles() {
     plan_.config_json = MoeConfigJson(*style_, Base().config_json(), sizes_, plan_.warnings);
-    RETURN_IF_ERROR(AddModelFiles(0, 0, *architecture_, /*token_ids=*/nullptr, {}, plan_));
+    RETURN_IF_ERROR(AddModelFiles(0, 0, *architecture_, /*changes=*/{}, {}, plan_));
     if (!plan_.options.write_model_card) return absl::OkStatus();
     const auto listed = [&](const std::vector<int>& models) {
       return absl::StrJoin(models, ", ", [&](std::string* out, int model) {

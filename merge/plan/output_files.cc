@@ -100,8 +100,10 @@ std::string HubId(const PlanModel& model) {
 // Ids of tokens in a configuration follow their tokens.
 class IdMover {
  public:
-  IdMover(const TokenIds& ids, absl::string_view file, std::vector<std::string>& warnings)
-      : ids_(ids), file_(file), warnings_(warnings) {}
+  // `given` is the configuration whose ids for the usual roles are taken instead, or no object.
+  IdMover(const TokenIds& ids, const ordered_json& given, absl::string_view file,
+          std::vector<std::string>& warnings)
+      : ids_(ids), given_(given), file_(file), warnings_(warnings) {}
 
   // Members of one object: "eos_token_id": 2, "eos_token_id": [2, 7], "suppress_tokens": [...]
   void Move(ordered_json& object) {
@@ -113,7 +115,28 @@ class IdMover {
       const bool ids = absl::EndsWith(key, "token_id") || absl::EndsWith(key, "token_ids") ||
                        absl::EndsWith(key, "token_index") || key == "suppress_tokens" ||
                        key == "begin_suppress_tokens" || key == "bad_words_ids";
-      if (ids) MoveValue(key, value);
+      const bool role =
+          std::find(std::begin(kRoleIds), std::end(kRoleIds), key) != std::end(kRoleIds);
+      const ordered_json* const own = role ? FindInLanguageModel(given_, key) : nullptr;
+      if (own != nullptr) {
+        value = *own;
+      } else if (ids) {
+        MoveValue(key, value);
+      }
+    }
+  }
+
+  // Ids that the given configuration has and `config` does not, beside the number of tokens.
+  void AddRoles(ordered_json& config) const {
+    const auto sizes = VocabularySizeKeys(config, ConfigParts::kLanguageModel);
+    const size_t dot = sizes.empty() ? std::string::npos : sizes.front().rfind('.');
+    ordered_json& part =
+        dot == std::string::npos ? config : *FindDotted(config, sizes.front().substr(0, dot));
+    for (absl::string_view key : kRoleIds) {
+      const ordered_json* const id = FindInLanguageModel(given_, key);
+      if (id != nullptr && !id->is_null() && FindInLanguageModel(config, key) == nullptr) {
+        part[std::string(key)] = *id;
+      }
     }
   }
 
@@ -154,16 +177,20 @@ class IdMover {
     }
   }
 
+  static constexpr absl::string_view kRoleIds[] = {"bos_token_id", "eos_token_id", "pad_token_id",
+                                                   "unk_token_id", "mask_token_id"};
+
   const TokenIds& ids_;
+  const ordered_json& given_;
   const absl::string_view file_;
   std::vector<std::string>& warnings_;
 };
 
 // generation_config.json names tokens by id, too.
-absl::Status AddGenerationConfig(int donor, const TokenIds* ids, Plan& plan) {
+absl::Status AddGenerationConfig(int donor, const ConfigChanges& changes, Plan& plan) {
   constexpr absl::string_view kFile = "generation_config.json";
   ASSIGN_OR_RETURN(const bool present, CopyIfPresent(kFile, donor, plan));
-  if (!present || ids == nullptr) return absl::OkStatus();
+  if (!present || changes.token_ids == nullptr) return absl::OkStatus();
   ObjectStore& store = plan.models[donor].checkpoint->store();
   ASSIGN_OR_RETURN(const std::string text, ReadText(store, kFile, kMaxSmallJson));
   ordered_json config = ordered_json::parse(text, nullptr, /*allow_exceptions=*/false);
@@ -171,7 +198,12 @@ absl::Status AddGenerationConfig(int donor, const TokenIds* ids, Plan& plan) {
     return absl::DataLossError(absl::StrCat(store.Describe(kFile), ": not a JSON object"));
   }
   const ordered_json before = config;
-  IdMover(*ids, kFile, plan.warnings).Move(config);
+  ordered_json given;
+  if (changes.token_id_donor >= 0) {
+    given = ordered_json::parse(plan.models[changes.token_id_donor].checkpoint->config_json(),
+                                nullptr, /*allow_exceptions=*/false);
+  }
+  IdMover(*changes.token_ids, given, kFile, plan.warnings).Move(config);
   if (config == before) return absl::OkStatus();
   const std::string moved = config.dump(2, ' ', false, ordered_json::error_handler_t::replace);
   for (PlanFile& file : plan.aux_files) {
@@ -286,18 +318,22 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
     }
   }
   if (changes.token_ids != nullptr) {
-    IdMover mover(*changes.token_ids, "config.json", warnings);
+    const ordered_json given =
+        changes.token_id_donor >= 0 ? configs[changes.token_id_donor] : ordered_json();
+    IdMover mover(*changes.token_ids, given, "config.json", warnings);
     mover.Move(config);
     for (absl::string_view name : kLanguageModelParts) {
       if (ordered_json* part = FindDotted(config, name)) mover.Move(*part);
     }
+    mover.AddRoles(config);
   }
   return config.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";
 }
 
 absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& architecture,
-                           const TokenIds* token_ids, const TokenizerEdit& tokenizer, Plan& plan) {
-  RETURN_IF_ERROR(AddGenerationConfig(donor, token_ids, plan));
+                           const ConfigChanges& changes, const TokenizerEdit& tokenizer,
+                           Plan& plan) {
+  RETURN_IF_ERROR(AddGenerationConfig(donor, changes, plan));
   for (const std::string& file : architecture.tagalong_files()) {
     RETURN_IF_ERROR(CopyIfPresent(file, donor, plan).status());
   }

@@ -30,6 +30,7 @@ struct ConfigChanges {
   std::vector<ModuleLayers> modules;  // layer counts and per-layer lists
   std::optional<int64_t> vocabulary_rows;
   const TokenIds* token_ids = nullptr;  // null: ids stay
+  int token_id_donor = -1;  // >= 0: the model whose configuration says which tokens begin, end, pad
 };
 
 // The donor's config.json with the changes applied; everything else, and the order of keys, stays.
@@ -40,7 +41,8 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
 // Files of `donor` (generation config, files of the family) and of `tokenizer_donor`: copied, or
 // with the changes applied.
 absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& architecture,
-                           const TokenIds* token_ids, const TokenizerEdit& tokenizer, Plan& plan);
+                           const ConfigChanges& changes, const TokenizerEdit& tokenizer,
+                           Plan& plan);
 
 // What README.md says, and the recipe that it shows and that is written beside it.
 struct ModelCard {

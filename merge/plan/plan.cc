@@ -190,9 +190,20 @@ class Planner {
     if (!recipe_.tokenizer) return WarnOfVocabularies();
     if (raw) return RecipeAt(recipe_.tokenizer->at, "raw checkpoints have no tokenizer");
     if (recipe_.tokenizer->model) tokenizer_donor_ = ModelIndex(*recipe_.tokenizer->model);
-    ASSIGN_OR_RETURN(alignment_,
-                     TokenAlignment::Make(*recipe_.tokenizer, Inputs(), base_,
-                                          Model(tokenizer_donor_), Model(donor_), plan_.warnings));
+    std::vector<VocabularyMatrices> matrices;
+    if (recipe_.tokenizer->approximate) {
+      ASSIGN_OR_RETURN(donor_matrices_,
+                       MatricesOf(plan_.models[tokenizer_donor_], /*with_tied=*/true));
+    }
+    if (recipe_.tokenizer->approximate && recipe_.tokenizer->approximate->magikarp) {
+      for (int i = 0; i < input_models_; ++i) {
+        ASSIGN_OR_RETURN(matrices.emplace_back(), MatricesOf(plan_.models[i], false));
+      }
+      matrices.push_back(donor_matrices_);
+    }
+    ASSIGN_OR_RETURN(alignment_, TokenAlignment::Make(*recipe_.tokenizer, Inputs(), base_,
+                                                      Model(tokenizer_donor_), Model(donor_),
+                                                      plan_.warnings, matrices));
     std::optional<std::string> chat_template = std::move(tokenizer_edit_.chat_template);
     tokenizer_edit_ = alignment_->edit();
     tokenizer_edit_.chat_template = std::move(chat_template);
@@ -623,12 +634,14 @@ class Planner {
             absl::StrCat(SafetensorsName(operand.info->dtype), " to ", SafetensorsName(work)));
       }
       if (aligned) input.views.push_back("rows by token");
+      if (aligned && recipe_.tokenizer->approximate) input.views.push_back("new rows made");
       if (cut) input.views.push_back(absl::StrCat("first ", *cut, " rows"));
       opened.push_back(std::move(input));
     }
     if (aligned) {
       std::vector<std::string> warnings;
-      auto views = alignment_->Align(models, sources, warnings);
+      ASSIGN_OR_RETURN(const TokenAlignment::Donor donor, DonorOf(output, *sources[0]));
+      auto views = alignment_->Align(models, sources, donor, warnings);
       if (!views.ok()) return Annotate(views.status(), absl::StrCat("tensor ", output.name));
       for (const std::string& warning : warnings) {
         plan_.warnings.push_back(absl::StrCat("tensor ", output.name, ": ", warning));
@@ -693,6 +706,84 @@ class Planner {
                                             " models and merged from those"));
     }
     return AddTensor(std::move(tensor));
+  }
+
+  // True for an output head, false for an embedding, as far as the architecture tells.
+  static bool IsHead(const ArchModule& module, const ArchTensor& tensor) {
+    const auto& post = module.post();
+    const bool last = std::any_of(post.begin(), post.end(),
+                                  [&](const ArchTensor& t) { return t.name == tensor.name; });
+    const bool embedding =
+        absl::StrContains(tensor.name, "embed") && !absl::StrContains(tensor.name, "embed_out");
+    return last ||
+           (!embedding && (!tensor.tied_names.empty() || absl::StrContains(tensor.name, "head")));
+  }
+
+  // The matrices of a model whose rows are tokens, by its own architecture. `with_tied`: a head
+  // that it does not store is the embedding.
+  absl::StatusOr<VocabularyMatrices> MatricesOf(const PlanModel& model, bool with_tied) const {
+    const std::shared_ptr<const Checkpoint> checkpoints[] = {model.checkpoint};
+    ASSIGN_OR_RETURN(const std::shared_ptr<const Architecture> architecture,
+                     ResolveArchitecture(checkpoints, /*allow_mixed=*/false));
+    VocabularyMatrices found;
+    std::string names[2];  // of the embedding and the head
+    const auto see = [&](const ArchModule& module, const ArchTensor& tensor) -> absl::Status {
+      const std::string name = StoredName(*model.checkpoint, tensor, with_tied);
+      const TensorInfo* const info = name.empty() ? nullptr : model.checkpoint->Find(name);
+      if (info == nullptr || !tensor.vocabulary || info->shape.rank() != 2 ||
+          !IsFloat(info->dtype)) {
+        return absl::OkStatus();
+      }
+      const bool head = IsHead(module, tensor);
+      auto& matrix = head ? found.head : found.embedding;
+      std::string& known = names[head ? 1 : 0];
+      if (known == name) return absl::OkStatus();  // tied
+      if (matrix != nullptr) {
+        return absl::FailedPreconditionError(absl::StrCat(
+            recipe_.tokenizer->approximate->at.ToString(), ": ", matrix->name(), " and ", name,
+            " both have a row for each token; models with several vocabularies "
+            "cannot be approximated"));
+      }
+      known = name;
+      ASSIGN_OR_RETURN(matrix, model.checkpoint->OpenTensor(name, model.file_base));
+      return absl::OkStatus();
+    };
+    for (const auto& module : architecture->modules()) {
+      for (const ArchTensor& tensor : module->pre()) RETURN_IF_ERROR(see(*module, tensor));
+      for (const ArchTensor& tensor : module->post()) RETURN_IF_ERROR(see(*module, tensor));
+    }
+    if (found.embedding == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(recipe_.tokenizer->approximate->at.ToString(), ": model ", model.ref,
+                       " has no embeddings of tokens that Pewter knows"));
+    }
+    return found;
+  }
+
+  // What new rows of `output` are made from. Tensors that are no matrices (biases) have no donor.
+  absl::StatusOr<TokenAlignment::Donor> DonorOf(const ArchTensor& output,
+                                                const TensorSource& source) const {
+    TokenAlignment::Donor donor{.device = plan_.options.device,
+                                .threads = plan_.options.threads,
+                                .seed = plan_.options.seed,
+                                .name = output.name};
+    if (!recipe_.tokenizer->approximate || source.shape().rank() != 2) return donor;
+    for (const auto& module : architecture_->modules()) {
+      const auto& pre = module->pre();
+      const auto& post = module->post();
+      const auto same = [&](const ArchTensor& tensor) { return tensor.name == output.name; };
+      if (std::any_of(pre.begin(), pre.end(), same) ||
+          std::any_of(post.begin(), post.end(), same)) {
+        donor.head = IsHead(*module, output);
+      }
+    }
+    donor.rows = donor.head ? donor_matrices_.head : donor_matrices_.embedding;
+    if (donor.rows == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          recipe_.tokenizer->at.ToString(), ": model ", plan_.models[tokenizer_donor_].ref,
+          " has no tensor that stands for ", output.name, ", so its rows cannot be made from it"));
+    }
+    return donor;
   }
 
   static bool SameRows(const Shape& a, const Shape& b) {
@@ -826,10 +917,11 @@ class Planner {
       if (alignment_) {
         changes.vocabulary_rows = alignment_->rows();
         changes.token_ids = &alignment_->ids();
+        if (recipe_.tokenizer->approximate) changes.token_id_donor = tokenizer_donor_;
       }
       ASSIGN_OR_RETURN(plan_.config_json, MakeConfigJson(plan_, donor_, changes, plan_.warnings));
-      RETURN_IF_ERROR(AddModelFiles(donor_, tokenizer_donor_, *architecture_, changes.token_ids,
-                                    tokenizer_edit_, plan_));
+      RETURN_IF_ERROR(
+          AddModelFiles(donor_, tokenizer_donor_, *architecture_, changes, tokenizer_edit_, plan_));
     }
     if (plan_.options.write_model_card) {
       std::vector<int> models;
@@ -871,6 +963,7 @@ class Planner {
   int tokenizer_donor_ = 0;
   std::shared_ptr<const Architecture> architecture_;
   std::optional<TokenAlignment> alignment_;
+  VocabularyMatrices donor_matrices_;  // of the tokenizer's model, for `approximate`
   TokenizerEdit tokenizer_edit_;
   std::optional<int64_t> cut_rows_;  // of vocabulary tensors that were cut to a common size
   std::vector<ModuleLayers> layers_;

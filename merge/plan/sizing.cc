@@ -91,7 +91,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   if (least > options.memory_bytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the merge needs at least ", FormatBytes(least), " (", FormatBytes(resident),
-                     " of it for adapters and token maps, ", FormatBytes(largest_task),
+                     " of it for adapters, token maps and new rows, ", FormatBytes(largest_task),
                      " for the largest matrix) and the memory budget is ",
                      FormatBytes(options.memory_bytes), "; raise --memory"));
   }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
 
@@ -11,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "kernels/backend.h"
+#include "merge/checkpoint/dotted_key.h"
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/stored_source.h"
 
@@ -34,6 +36,7 @@ struct RowOrigin {
   static constexpr int32_t kZeros = -1;
   static constexpr int32_t kMean = -2;     // `row` is an index into RowTable::means
   static constexpr int32_t kPadding = -3;  // the mean of the rows that are no padding
+  static constexpr int32_t kMade = -4;     // `row` is an index of the approximator
   int32_t source = kZeros;                 // index of the source
   int32_t row = 0;
 };
@@ -46,8 +49,12 @@ struct RowTable {
 class AlignedSource final : public TensorSource {
  public:
   AlignedSource(int self, std::vector<std::shared_ptr<const TensorSource>> sources, RowTable table,
-                Shape shape)
-      : self_(self), sources_(std::move(sources)), table_(std::move(table)), shape_(shape) {
+                Shape shape, std::shared_ptr<const RowApproximator> approximator)
+      : self_(self),
+        sources_(std::move(sources)),
+        table_(std::move(table)),
+        shape_(shape),
+        approximator_(std::move(approximator)) {
     width_ = shape_.elements() / std::max<int64_t>(1, shape_[0]);
   }
 
@@ -61,6 +68,7 @@ class AlignedSource final : public TensorSource {
     }
     // The padding row, and its sum while it is computed.
     bytes += width_ * (ByteWidth(dtype()) + static_cast<int64_t>(sizeof(double)));
+    if (approximator_ != nullptr) bytes += approximator_->resident_bytes();
     return bytes + sources_[self_]->resident_bytes();
   }
 
@@ -86,6 +94,10 @@ class AlignedSource final : public TensorSource {
         RETURN_IF_ERROR(ReadMean(table_.means[origin.row], within, part, to, observer));
       } else if (origin.source == RowOrigin::kPadding) {
         RETURN_IF_ERROR(ReadPadding(within, to));
+      } else if (origin.source == RowOrigin::kMade) {
+        std::vector<std::byte> made(width_ * element);
+        RETURN_IF_ERROR(approximator_->Row(origin.row, absl::MakeSpan(made), observer));
+        std::memcpy(to.data(), made.data() + within * element, to.size());
       } else {
         std::memset(to.data(), 0, to.size());
       }
@@ -164,6 +176,7 @@ class AlignedSource final : public TensorSource {
   const std::vector<std::shared_ptr<const TensorSource>> sources_;
   const RowTable table_;
   const Shape shape_;
+  const std::shared_ptr<const RowApproximator> approximator_;  // null: no row is the donor's
   int64_t width_ = 1;
   mutable std::mutex mutex_;                // guards padding_
   mutable std::vector<std::byte> padding_;  // empty until the first read of it
@@ -204,10 +217,12 @@ class TokenAlignment::Builder {
           int base, std::vector<std::string>& warnings)
       : recipe_(recipe), models_(models), warnings_(warnings) {
     result_.base_ = base;
+    result_.approximate_ = recipe.approximate;
     for (const auto& model : models) result_.models_.push_back(model->ref().ToString());
   }
 
-  absl::StatusOr<TokenAlignment> Make(const Checkpoint& source, const Checkpoint& donor) {
+  absl::StatusOr<TokenAlignment> Make(const Checkpoint& source, const Checkpoint& donor,
+                                      absl::Span<const VocabularyMatrices> matrices) {
     RETURN_IF_ERROR(Annotate(ReadAll(source, donor), recipe_.at.ToString()));
     result_.edit_.listed = source_.added;
     result_.edit_.surplus = source_.surplus;
@@ -222,6 +237,10 @@ class TokenAlignment::Builder {
     if (recipe_.source == RecipeTokenizer::Source::kUnion) Unite();
     for (const RecipeToken& token : recipe_.tokens) RETURN_IF_ERROR(AddRecipeToken(token));
     RETURN_IF_ERROR(Annotate(CheckGaps(source), recipe_.at.ToString()));
+    if (recipe_.approximate) {
+      RETURN_IF_ERROR(
+          Annotate(PrepareApproximation(source, matrices), recipe_.approximate->at.ToString()));
+    }
     SetRows();
     for (const RecipeToken& token : recipe_.tokens) RETURN_IF_ERROR(AddRule(token));
     result_.ids_.output = std::move(vocabulary_);
@@ -372,6 +391,7 @@ class TokenAlignment::Builder {
       result_.tokens_[id] = token;
       result_.is_token_[id] = true;
     }
+    if (recipe_.approximate) return Match();
     for (const Tokenizer& tokenizer : tokenizers_) {
       std::vector<int64_t>& rows = result_.own_.emplace_back(next_, -1);
       for (const auto& [token, id] : vocabulary_) {
@@ -379,6 +399,69 @@ class TokenAlignment::Builder {
         if (own != tokenizer.vocabulary.end()) rows[id] = own->second;
       }
     }
+  }
+
+  // Own rows of tokens that stand for the same.
+  void Match() {
+    const auto trained = [&](size_t model) {
+      return trained_.empty() ? nullptr : &trained_[model];
+    };
+    for (size_t i = 0; i < tokenizers_.size(); ++i) {
+      TokenMatches matches = MatchTokens(*recipe_.approximate, tokenizers_[i], source_, trained(i),
+                                         trained(tokenizers_.size()));
+      result_.donor_tokens_ = static_cast<int64_t>(matches.same.size());
+      matches.same.resize(next_, -1);  // tokens that the recipe adds are nobody's
+      result_.own_.push_back(std::move(matches.same));
+      result_.matches_.push_back(std::move(matches));
+    }
+  }
+
+  // What is asked for besides the rows of tokens that a model has.
+  absl::Status PrepareApproximation(const Checkpoint& source,
+                                    absl::Span<const VocabularyMatrices> matrices) {
+    const TokenApproximation& how = *recipe_.approximate;
+    if (how.magikarp) {
+      for (size_t i = 0; i < matrices.size(); ++i) {
+        const Vocabulary& vocabulary =
+            i < tokenizers_.size() ? tokenizers_[i].vocabulary : source_.vocabulary;
+        ASSIGN_OR_RETURN(trained_.emplace_back(),
+                         TrainedRows(vocabulary, *matrices[i].embedding, matrices[i].head.get()));
+      }
+    }
+    for (size_t i = 0; i <= models_.size(); ++i) {
+      const Checkpoint& model = i < models_.size() ? *models_[i] : source;
+      result_.heads_.emplace_back();
+      if (how.method == TokenApproximation::Method::kMatchingPursuitRope) {
+        result_.heads_.back() = RotaryHeadsOf(model);
+      }
+      if (how.method == TokenApproximation::Method::kSubword && i < models_.size()) {
+        ASSIGN_OR_RETURN(result_.texts_.emplace_back(), TextTokenizer::Read(model));
+      }
+    }
+    if (how.method == TokenApproximation::Method::kSubword) {
+      const TokenMeanings meanings(source_);
+      result_.written_.resize(next_);
+      for (const auto& [token, id] : vocabulary_) result_.written_[id] = meanings.Text(token);
+    }
+    return absl::OkStatus();
+  }
+
+  RotaryHeads RotaryHeadsOf(const Checkpoint& model) {
+    using nlohmann::json;
+    const json config = json::parse(model.config_json(), nullptr, /*allow_exceptions=*/false);
+    RotaryHeads heads;
+    const json* count = FindInLanguageModel(config, "num_attention_heads");
+    if (count == nullptr) count = FindInLanguageModel(config, "n_head");
+    if (count != nullptr && count->is_number_integer()) heads.heads = count->get<int64_t>();
+    const json* base = FindInLanguageModel(config, "rope_theta");
+    if (base == nullptr) base = FindInLanguageModel(config, "rope_parameters.rope_theta");
+    if (base != nullptr && base->is_number()) {
+      heads.base = base->get<double>();
+    } else {
+      warnings_.push_back(absl::StrCat("config.json of model ", model.ref().ToString(),
+                                       " has no rope_theta; it is taken to be ", heads.base));
+    }
+    return heads;
   }
 
   absl::StatusOr<int> Index(const ModelRef& ref) const {
@@ -418,22 +501,23 @@ class TokenAlignment::Builder {
   absl::Span<const std::shared_ptr<const Checkpoint>> models_;
   std::vector<std::string>& warnings_;
   Tokenizer source_;
-  std::vector<Tokenizer> tokenizers_;  // of models_
-  Vocabulary vocabulary_;              // of the output
-  int64_t next_ = 0;                   // id of the next new token
+  std::vector<Tokenizer> tokenizers_;       // of models_
+  std::vector<std::vector<bool>> trained_;  // by id: of models_, then of source_
+  Vocabulary vocabulary_;                   // of the output
+  int64_t next_ = 0;                        // id of the next new token
   TokenAlignment result_;
 };
 
 absl::StatusOr<TokenAlignment> TokenAlignment::Make(
     const RecipeTokenizer& recipe, absl::Span<const std::shared_ptr<const Checkpoint>> models,
-    int base, const Checkpoint& source, const Checkpoint& donor,
-    std::vector<std::string>& warnings) {
-  return Builder(recipe, models, base, warnings).Make(source, donor);
+    int base, const Checkpoint& source, const Checkpoint& donor, std::vector<std::string>& warnings,
+    absl::Span<const VocabularyMatrices> matrices) {
+  return Builder(recipe, models, base, warnings).Make(source, donor, matrices);
 }
 
 absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment::Align(
     absl::Span<const int> models, absl::Span<const std::shared_ptr<const TensorSource>> sources,
-    std::vector<std::string>& warnings) const {
+    const Donor& donor, std::vector<std::string>& warnings) const {
   const int count = static_cast<int>(sources.size());
   const auto row_extents = [](const TensorSource& source) {
     return source.shape().rank() == 0 ? absl::Span<const int64_t>()
@@ -453,6 +537,9 @@ absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment:
     return own < sources[source]->shape()[0] ? own : -1;
   };
   const int64_t tokens = static_cast<int64_t>(is_token_.size());
+  // Rows before it can be made from the donor's.
+  const int64_t made =
+      approximate_ && donor.rows != nullptr ? std::min(donor_tokens_, donor.rows->shape()[0]) : 0;
 
   // What a row is for a model that has none of its own, or is not to take it.
   RowTable shared;
@@ -462,7 +549,7 @@ absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment:
   for (int64_t row = 0; row < tokens; ++row) {
     RowOrigin& origin = shared.rows[row];
     if (!is_token_[row]) {
-      origin.source = RowOrigin::kPadding;
+      if (!approximate_) origin.source = RowOrigin::kPadding;
       continue;
     }
     std::vector<RowOrigin> having;
@@ -489,6 +576,8 @@ absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment:
         origin = {.source = static_cast<int32_t>(at - models.begin()),
                   .row = static_cast<int32_t>(given)};
       }
+    } else if (row < made) {
+      continue;  // each model has a way of its own
     } else if (having.empty()) {
       zeros.push_back(tokens_[row]);
     } else if (having.size() == 1) {
@@ -508,23 +597,91 @@ absl::StatusOr<std::vector<std::shared_ptr<const TensorSource>>> TokenAlignment:
   for (int self = 0; self < count; ++self) {
     RowTable table = shared;
     bool unchanged = sources[self]->shape()[0] == rows_ && tokens == rows_;
+    std::vector<int32_t> wanted;
     for (int64_t row = 0; row < tokens; ++row) {
+      RowOrigin& origin = table.rows[row];
       const int64_t own = row_of(self, row);
       if (own >= 0 && !forced.contains(row)) {
-        table.rows[row] = {.source = self, .row = static_cast<int32_t>(own)};
+        origin = {.source = self, .row = static_cast<int32_t>(own)};
+      } else if (row < made && is_token_[row] && !rules_.contains(row)) {
+        const int64_t like = LikeRow(models[self], row, donor.head);
+        if (like == kJunk) {
+          origin = {};
+        } else if (like >= 0 && like < sources[self]->shape()[0]) {
+          origin = {.source = self, .row = static_cast<int32_t>(like)};
+        } else {
+          origin = {.source = RowOrigin::kMade, .row = static_cast<int32_t>(wanted.size())};
+          wanted.push_back(static_cast<int32_t>(row));
+        }
       }
-      unchanged = unchanged && table.rows[row].source == self && table.rows[row].row == row;
+      unchanged = unchanged && origin.source == self && origin.row == row;
     }
     if (unchanged) {
       views.push_back(sources[self]);
       continue;
     }
+    std::shared_ptr<const RowApproximator> approximator;
+    if (!wanted.empty()) {
+      RowProblem problem{.how = *approximate_,
+                         .own = sources[self],
+                         .donor = donor.rows,
+                         .head = donor.head,
+                         .own_heads = heads_[models[self]],
+                         .donor_heads = heads_.back(),
+                         .device = donor.device,
+                         .threads = donor.threads,
+                         .seed = donor.seed,
+                         .name = absl::StrCat(donor.name, "#", models[self])};
+      for (int64_t row = 0; row < made; ++row) {
+        const int64_t own = row_of(self, row);
+        if (own < 0) continue;
+        problem.shared.emplace_back(static_cast<int32_t>(row), static_cast<int32_t>(own));
+      }
+      if (approximate_->method == TokenApproximation::Method::kSubword) {
+        ASSIGN_OR_RETURN(problem.pieces, PiecesOf(models[self], wanted, *sources[self]));
+      }
+      problem.wanted = std::move(wanted);
+      ASSIGN_OR_RETURN(approximator, RowApproximator::Make(std::move(problem)));
+    }
     ASSIGN_OR_RETURN(const Shape shape, WithRows(sources[self]->shape(), rows_));
     views.push_back(std::make_shared<AlignedSource>(
         self, std::vector<std::shared_ptr<const TensorSource>>(sources.begin(), sources.end()),
-        std::move(table), shape));
+        std::move(table), shape, std::move(approximator)));
   }
   return views;
+}
+
+// A row of the model itself for a token that it does not have, -1 for none, or kJunk.
+int64_t TokenAlignment::LikeRow(int model, int64_t row, bool head) const {
+  using Match = TokenApproximation::Match;
+  const TokenMatches& matches = matches_[model];
+  const auto asked = [&](Match match) {
+    return match == Match::kBoth || match == (head ? Match::kHead : Match::kEmbeddings);
+  };
+  const auto index = static_cast<size_t>(row);
+  if (index < matches.junk.size() && matches.junk[index]) return kJunk;
+  if (asked(approximate_->byte) && index < matches.byte.size() && matches.byte[index] >= 0) {
+    return matches.byte[index];
+  }
+  return asked(approximate_->prefix) && index < matches.prefix.size() ? matches.prefix[index] : -1;
+}
+
+// Rows of the model's tokens that make up the text of each token.
+absl::StatusOr<std::vector<std::vector<int32_t>>> TokenAlignment::PiecesOf(
+    int model, absl::Span<const int32_t> wanted, const TensorSource& source) const {
+  std::vector<std::vector<int32_t>> pieces;
+  for (int32_t row : wanted) {
+    auto ids = texts_[model]->Encode(written_[row]);
+    if (!ids.ok()) {
+      return Annotate(ids.status(), absl::StrCat("model ", models_[model], ", text of token ",
+                                                 Printable(tokens_[row])));
+    }
+    ids->erase(std::remove_if(ids->begin(), ids->end(),
+                              [&](int32_t id) { return id >= source.shape()[0]; }),
+               ids->end());
+    pieces.push_back(*std::move(ids));
+  }
+  return pieces;
 }
 
 // The row of the source's tensor that a rule gives, -1 for zeros.

@@ -20,6 +20,8 @@ namespace {
 
 // Larger than any alignment that hardware asks for.
 constexpr int64_t kMaxPadding = int64_t{1} << 20;
+// The work for a row grows with the square.
+constexpr int64_t kMaxRowsOfApproximation = 1024;
 
 class RecipeReader : private YamlReader {
  public:
@@ -181,7 +183,8 @@ class RecipeReader : private YamlReader {
     RecipeTokenizer& result = recipe_.tokenizer.emplace();
     const YamlNode* source = legacy;
     if (IsNull(legacy)) {
-      static constexpr Key kKeys[] = {{"source"}, {"tokens"}, {"pad_to_multiple_of"}};
+      static constexpr Key kKeys[] = {
+          {"source"}, {"tokens"}, {"pad_to_multiple_of"}, {"approximate"}};
       if (tokenizer->kind != Kind::kMapping) {
         return Expected(*tokenizer, "`tokenizer`",
                         "a mapping with `source`, `tokens` or `pad_to_multiple_of`");
@@ -196,9 +199,17 @@ class RecipeReader : private YamlReader {
         }
         result.pad_to_multiple_of = *number;
       }
+      RETURN_IF_ERROR(ReadApproximation(tokenizer->Find("approximate"), result.approximate));
       source = tokenizer->Find("source");
     }
     result.at = IsNull(source) ? tokenizer->at : source->at;
+    const bool named = !IsNull(source) && !(source->kind == Kind::kScalar &&
+                                            (source->text == "union" || source->text == "base"));
+    if (result.approximate && !named) {
+      return RecipeError(result.approximate->at,
+                         "`approximate` needs a model as the tokenizer's `source`, from which rows "
+                         "can be made");
+    }
     if (IsNull(source) || (source->kind == Kind::kScalar && source->text == "union")) {
       return absl::OkStatus();
     }
@@ -209,6 +220,120 @@ class RecipeReader : private YamlReader {
     result.source = RecipeTokenizer::Source::kModel;
     ASSIGN_OR_RETURN(result.model, ReadModel(*source, "the tokenizer's source"));
     return absl::OkStatus();
+  }
+
+  // The value that a word stands for, of a list of them.
+  template <class T, size_t kCount>
+  static absl::Status ReadWord(const YamlNode* node, absl::string_view what,
+                               const std::pair<absl::string_view, T> (&words)[kCount], T& value) {
+    if (IsNull(node)) return absl::OkStatus();
+    std::vector<absl::string_view> names;
+    for (const auto& [name, meaning] : words) {
+      if (node->kind == Kind::kScalar && node->text == name) {
+        value = meaning;
+        return absl::OkStatus();
+      }
+      names.push_back(name);
+    }
+    return Expected(*node, what, absl::StrCat("one of ", absl::StrJoin(names, ", ")));
+  }
+
+  static absl::Status ReadFlag(const YamlNode* node, absl::string_view what, bool& value) {
+    if (IsNull(node)) return absl::OkStatus();
+    const auto flag = YamlBool(*node);
+    if (!flag) return Expected(*node, what, "true or false");
+    value = *flag;
+    return absl::OkStatus();
+  }
+
+  // yes, no, embed, lm_head
+  static absl::Status ReadMatch(const YamlNode* node, absl::string_view what,
+                                TokenApproximation::Match& value) {
+    using Match = TokenApproximation::Match;
+    if (IsNull(node)) return absl::OkStatus();
+    if (const auto flag = YamlBool(*node)) {
+      value = *flag ? Match::kBoth : Match::kNo;
+      return absl::OkStatus();
+    }
+    static constexpr std::pair<absl::string_view, Match> kWords[] = {{"yes", Match::kBoth},
+                                                                     {"no", Match::kNo},
+                                                                     {"embed", Match::kEmbeddings},
+                                                                     {"lm_head", Match::kHead}};
+    return ReadWord(node, what, kWords, value);
+  }
+
+  static absl::Status ReadReal(const YamlNode* node, absl::string_view what, bool zero,
+                               double& value) {
+    if (IsNull(node)) return absl::OkStatus();
+    const auto number = YamlFloat(*node);
+    if (!number || !std::isfinite(*number) || (zero ? *number < 0 : *number == 0)) {
+      return Expected(*node, what, zero ? "a number, not negative" : "a number other than 0");
+    }
+    value = *number;
+    return absl::OkStatus();
+  }
+
+  // METHOD, or {method: METHOD, k: N, ...}: options of mergekit-tokensurgeon.
+  absl::Status ReadApproximation(const YamlNode* node, std::optional<TokenApproximation>& result) {
+    if (IsNull(node)) return absl::OkStatus();
+    using Method = TokenApproximation::Method;
+    using Weights = TokenApproximation::Weights;
+    using Subwords = TokenApproximation::Subwords;
+    static constexpr std::pair<absl::string_view, Method> kMethods[] = {
+        {"omp", Method::kOmp},
+        {"common_interpolation", Method::kCommonInterpolation},
+        {"subword", Method::kSubword},
+        {"mean", Method::kMean},
+        {"zero", Method::kZero},
+        {"randn", Method::kRandn},
+        {"john_hewitt", Method::kJohnHewitt},
+        {"landmark_pca", Method::kLandmarkPca},
+        {"stb", Method::kSparseTokenBasis},
+        {"mp_rope", Method::kMatchingPursuitRope}};
+    static constexpr std::pair<absl::string_view, Weights> kWeights[] = {
+        {"distance_proportional", Weights::kDistance},
+        {"barycentric", Weights::kBarycentric},
+        {"least_squares", Weights::kLeastSquares}};
+    static constexpr std::pair<absl::string_view, Subwords> kSubwords[] = {
+        {"mean", Subwords::kMean},
+        {"sum", Subwords::kSum},
+        {"weighted_mean", Subwords::kWeightedMean},
+        {"first_last", Subwords::kFirstLast}};
+    constexpr absl::string_view kWhat = "the method of `approximate`";
+    TokenApproximation& how = result.emplace();
+    how.at = node->at;
+    if (node->kind != Kind::kMapping) return ReadWord(node, kWhat, kMethods, how.method);
+    static constexpr Key kKeys[] = {{"method"},
+                                    {"k"},
+                                    {"cosine_similarity"},
+                                    {"weight_scheme"},
+                                    {"subword_method"},
+                                    {"prefix_match"},
+                                    {"byte_match"},
+                                    {"magikarp"},
+                                    {"new_vocab_noise"},
+                                    {"new_vocab_scale"}};
+    RETURN_IF_ERROR(CheckKeys(*node, "`approximate`", kKeys));
+    RETURN_IF_ERROR(ReadWord(node->Find("method"), kWhat, kMethods, how.method));
+    if (const YamlNode* k = node->Find("k"); !IsNull(k)) {
+      const auto number = YamlInt(*k);
+      if (!number || *number < 1 || *number > kMaxRowsOfApproximation) {
+        return Expected(*k, "`k`",
+                        absl::StrCat("a whole number from 1 to ", kMaxRowsOfApproximation));
+      }
+      how.k = *number;
+    }
+    RETURN_IF_ERROR(ReadFlag(node->Find("cosine_similarity"), "`cosine_similarity`", how.cosine));
+    RETURN_IF_ERROR(
+        ReadWord(node->Find("weight_scheme"), "`weight_scheme`", kWeights, how.weights));
+    RETURN_IF_ERROR(
+        ReadWord(node->Find("subword_method"), "`subword_method`", kSubwords, how.subwords));
+    RETURN_IF_ERROR(ReadMatch(node->Find("prefix_match"), "`prefix_match`", how.prefix));
+    RETURN_IF_ERROR(ReadMatch(node->Find("byte_match"), "`byte_match`", how.byte));
+    RETURN_IF_ERROR(ReadFlag(node->Find("magikarp"), "`magikarp`", how.magikarp));
+    RETURN_IF_ERROR(
+        ReadReal(node->Find("new_vocab_noise"), "`new_vocab_noise`", /*zero=*/true, how.noise));
+    return ReadReal(node->Find("new_vocab_scale"), "`new_vocab_scale`", /*zero=*/false, how.scale);
   }
 
   // {TOKEN: {source: MODEL | {kind: zero} | {kind: model_token, ...}, force: BOOL}}

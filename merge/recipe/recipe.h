@@ -106,6 +106,38 @@ struct RecipeToken {
   TextPosition at;
 };
 
+// How a model gets rows for tokens that it does not have, from the embeddings of the tokenizer's
+// model (merge/plan/row_approximator.h). Names are mergekit-tokensurgeon's.
+struct TokenApproximation {
+  enum class Method {
+    kOmp,
+    kCommonInterpolation,
+    kSubword,
+    kMean,
+    kZero,
+    kRandn,
+    kJohnHewitt,
+    kLandmarkPca,
+    kSparseTokenBasis,
+    kMatchingPursuitRope,
+  };
+  enum class Weights { kDistance, kBarycentric, kLeastSquares };   // of kCommonInterpolation
+  enum class Subwords { kMean, kSum, kWeightedMean, kFirstLast };  // of kSubword
+  enum class Match { kNo, kEmbeddings, kHead, kBoth };             // tensors that it is done for
+
+  Method method = Method::kOmp;
+  int64_t k = 64;       // rows that a row is made from
+  bool cosine = false;  // of kCommonInterpolation: nearest by angle, not by distance
+  Weights weights = Weights::kDistance;
+  Subwords subwords = Subwords::kMean;
+  Match prefix = Match::kNo;  // the row of the longest known token that a token begins with
+  Match byte = Match::kNo;    // the row of <0x41> for A, and the reverse
+  bool magikarp = false;      // tokens that look untrained are shared with nobody
+  double noise = 0;           // standard deviation of what is added to new rows
+  double scale = 1;           // of new rows
+  TextPosition at;
+};
+
 // The tokenizer that the output takes.
 struct RecipeTokenizer {
   enum class Source { kUnion, kBase, kModel };
@@ -113,6 +145,7 @@ struct RecipeTokenizer {
   std::optional<ModelRef> model;  // of kModel
   std::vector<RecipeToken> tokens;
   int64_t pad_to_multiple_of = 1;  // of the rows of vocabulary tensors
+  std::optional<TokenApproximation> approximate;
   TextPosition at;
 };
 

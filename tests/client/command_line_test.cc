@@ -30,6 +30,7 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
        "extract-lora --model a --base-model b --out-path c -i x -e y --no-distribute-scale"},
       {"jobs", "jobs list"},
       {"shuffle-layers", "shuffle-layers out -m a -w 1 -m b -w 2"},
+      {"transplant-tokens", "transplant-tokens a b out -a mean -k 8 -c -w barycentric"},
       {"completion", "completion bash"},
   };
   std::set<std::string> covered;
@@ -47,6 +48,15 @@ TEST(CommandLineTest, OptionsStandAnywhere) {
   Parse(line, "merge --set a.b=1 -o json r.yaml --set c=2 out -q --no-copy-tokenizer -j 3");
   EXPECT_EQ(line.output.format, "json");
   EXPECT_TRUE(line.output.quiet);
+}
+
+TEST(CommandLineTest, OneDashAndSeveralLetters) {
+  CommandLine line;
+  line.Parse({"transplant-tokens", "a", "b", "out", "-nc", "-pm", "yes", "-bm", "embed", "-nvn",
+              "0.1", "-nvs", "2", "-q"});
+  EXPECT_TRUE(line.body);
+  CommandLine other;  // elsewhere they stay what they are
+  EXPECT_THROW(other.Parse({"merge", "r.yaml", "out", "-pm", "yes"}), CLI::ParseError);
 }
 
 TEST(CommandLineTest, RefusesBadUsage) {

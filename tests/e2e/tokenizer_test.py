@@ -311,3 +311,61 @@ def test_hostile_tokenizers_are_errors(cli):
         path.write_text(text)
         refused = cli("plan", recipe, expect=1)
         assert "recipe.yaml:7:19: model ./chat: " in refused.err, text[:80]
+
+
+def test_transplant_tokens(cli):
+    """The donor's embeddings are a linear map of the model's, so rows that have enough to be made from are exact."""
+    write_model(cli.folder / "model", BASE, 1)
+    donor = bpe([("<|im_end|>",)], [("a", "b"), ("c", "d")])
+    write_model(cli.folder / "donor", donor, 2, eos_token_id=32, pad_token_id=0)
+    random = np.random.default_rng(0)
+    width = CONFIG["hidden_size"]
+    known, ids = ids_of(BASE), ids_of(donor)
+    its = {name: random.standard_normal((len(ids), width), "float32") for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors = llama_tensors(1)
+    for name, rows in its.items():
+        own = random.standard_normal((len(known), width), "float32")
+        for token, index in ids.items():
+            if token in known:
+                own[known[token]] = rows[index] * 2
+        # A new token that two shared ones make up.
+        rows[ids["cd"]] = rows[ids["c"]] - 3 * rows[ids["d"]]
+        tensors[name] = own
+    write_safetensors(cli.folder / "model/model.safetensors", tensors)
+    write_safetensors(cli.folder / "donor/model.safetensors", llama_tensors(2) | its)
+    cli("transplant-tokens", "model", "donor", "out", "-k", 8)
+    merged = read_safetensors(cli.folder / "out/model.safetensors")
+    assert check_output(cli.folder / "out")[0] == ids
+    for name, rows in its.items():
+        for token in [t for t in ids if t in known] + ["cd"]:
+            assert np.abs(merged[name][ids[token]] - 2 * rows[ids[token]]).max() < 1e-4, (name, token)
+    assert np.array_equal(merged["model.norm.weight"], tensors["model.norm.weight"])
+    config = json.loads((cli.folder / "out/config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (len(ids), 32, 0)
+    cli("transplant-tokens", "model", "donor", "again", "-k", 8, "-j", 1)
+    assert cli.hashes("again") == cli.hashes("out")
+    assert "share 31 tokens only" in cli("transplant-tokens", "model", "donor", "none", expect=1).err
+    cli("transplant-tokens", "model", "donor", "mean", "-a", "mean", "-nvs", "2")
+    rows = read_safetensors(cli.folder / "mean/model.safetensors")["lm_head.weight"]
+    assert np.abs(rows[ids["cd"]] - 2 * tensors["lm_head.weight"].mean(axis=0)).max() < 1e-5
+    cli("transplant-tokens", "model", "donor", "prefix", "-k", 8, "-pm", "lm_head")
+    prefix = read_safetensors(cli.folder / "prefix/model.safetensors")
+    assert np.array_equal(prefix["lm_head.weight"][ids["cd"]], tensors["lm_head.weight"][known["c"]])
+    assert np.abs(prefix["model.embed_tokens.weight"] - merged["model.embed_tokens.weight"]).max() < 1e-6
+    cli("transplant-tokens", "model", "donor", "subword", "-a", "subword", "-s", "sum")
+    rows = read_safetensors(cli.folder / "subword/model.safetensors")["lm_head.weight"]
+    expected = tensors["lm_head.weight"][known["c"]] + tensors["lm_head.weight"][known["d"]]
+    assert np.abs(rows[ids["cd"]] - expected).max() < 1e-5
+    assert "common_interpolation" in cli("transplant-tokens", "model", "donor", "x", "-a", "nearest", expect=2).err
+    # It is a recipe, which the output keeps and which gives the same again.
+    cli("merge", "out/mergekit_config.yml", "same")
+    assert (cli.folder / "same/model.safetensors").read_bytes() == (cli.folder / "out/model.safetensors").read_bytes()
+    refused = cli("transplant-tokens", "model", "donor", "none", "-a", "landmark_pca", expect=1).err
+    assert "as many shared tokens as rows are wide, 32" in refused and "recipe:" not in refused
+    for method in ("mp_rope", "common_interpolation", "stb", "john_hewitt", "randn", "zero"):
+        # The smallest memory that works, and one thread, give the same bytes.
+        k = ("-k", 8) + (("--magikarp",) if method == "stb" else ())
+        cli("transplant-tokens", "model", "donor", method, "-a", method, *k, "--seed", 3)
+        cli("transplant-tokens", "model", "donor", method + "2", "-a", method, *k, "--seed", 3, "-j", 1, "--memory", "64MiB")
+        assert cli.hashes(method) == cli.hashes(method + "2"), method
+    check_loaded(cli.folder / "out", ids, {"cd<|im_end|>": ["cd", "<|im_end|>"]})

@@ -46,7 +46,9 @@ std::vector<Case> Cases() {
     for (const auto& entry : fs::directory_iterator(root / "cases")) {
       const std::string id = entry.path().filename();
       const json meta = json::parse(ReadFile(entry.path() / "meta.json"));
-      if (meta["tool"] == "mergekit-extract-lora" || meta["tool"] == "mergekit-moe") {
+      const std::set<std::string> of_their_own = {"mergekit-extract-lora", "mergekit-moe",
+                                                  "mergekit-tokensurgeon"};
+      if (of_their_own.contains(meta["tool"].get<std::string>())) {
         cases.push_back({fs::weakly_canonical(root).string(), id});
         continue;
       }
@@ -120,6 +122,58 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
     return MakeExtractLoraPlan(extract, options_);
   }
 
+  // mergekit-tokensurgeon MODEL DONOR OUT [options].
+  absl::StatusOr<Plan> MakeTransplantPlan() {
+    const std::map<std::string, std::string> keys = {{"-a", "method"},
+                                                     {"--approximation-method", "method"},
+                                                     {"-k", "k"},
+                                                     {"--k", "k"},
+                                                     {"-w", "weight_scheme"},
+                                                     {"--weight-scheme", "weight_scheme"},
+                                                     {"-s", "subword_method"},
+                                                     {"--subword-method", "subword_method"},
+                                                     {"-pm", "prefix_match"},
+                                                     {"--prefix-match", "prefix_match"},
+                                                     {"-bm", "byte_match"},
+                                                     {"--byte-match", "byte_match"},
+                                                     {"-nvn", "new_vocab_noise"},
+                                                     {"--new-vocab-noise", "new_vocab_noise"},
+                                                     {"-nvs", "new_vocab_scale"},
+                                                     {"--new-vocab-scale", "new_vocab_scale"}};
+    const std::vector<std::string> args = meta_["args"];
+    json approximate;
+    approximate["method"] = "omp";
+    for (size_t i = 3; i < args.size(); ++i) {
+      if (keys.contains(args[i])) {
+        // Numbers as numbers, words as words.
+        const std::string& key = keys.at(args[i]);
+        const json value = json::parse(args[++i], nullptr, false);
+        approximate[key] = value.is_number() ? value : json(args[i]);
+        // mergekit has these two the wrong way round.
+        if (key.ends_with("_match") && (args[i] == "lm_head" || args[i] == "embed")) {
+          approximate[key] = args[i] == "embed" ? "lm_head" : "embed";
+        }
+      } else if (args[i] == "-c" || args[i] == "--cosine-similarity") {
+        approximate["cosine_similarity"] = true;
+      } else if (args[i] == "--magikarp") {
+        approximate["magikarp"] = true;
+      } else if (args[i] == "--batch-size") {
+        ++i;
+      } else {
+        EXPECT_TRUE(args[i] == "-nc" || args[i].starts_with("--no-"))
+            << args[i] << ": an option that this test does not know";
+      }
+    }
+    json recipe;
+    recipe["merge_method"] = "passthrough";
+    recipe["models"][0]["model"] = args[0];
+    recipe["tokenizer"]["source"] = args[1];
+    recipe["tokenizer"]["approximate"] = approximate;
+    const absl::StatusOr<Recipe> parsed = ParseRecipe(recipe.dump());
+    if (!parsed.ok()) return parsed.status();
+    return MakePlan(*parsed, options_);
+  }
+
   // Products of the factors, as their signs and bases are free; everything else as it is.
   void CompareAdapters(const json& compare, const std::map<std::string, TinyTensor>& expected,
                        const std::map<std::string, TinyTensor>& got) {
@@ -182,6 +236,7 @@ class GoldenTest : public ::testing::TestWithParam<Case> {
   absl::StatusOr<Plan> MakeGoldenPlan() {
     if (meta_["tool"] == "mergekit-extract-lora") return MakeExtractPlan();
     if (meta_["tool"] == "mergekit-moe") return MakeMoeGoldenPlan();
+    if (meta_["tool"] == "mergekit-tokensurgeon") return MakeTransplantPlan();
     const absl::StatusOr<Recipe> recipe = ParseRecipe(ReadFile(folder_ + "/recipe.yml"));
     if (!recipe.ok()) return recipe.status();
     return MakePlan(*recipe, options_);

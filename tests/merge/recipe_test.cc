@@ -371,6 +371,33 @@ INSTANTIATE_TEST_SUITE_P(
         Refused{"merge_method: linear\nmodels: [{model: a}]\n"
                 "chat_template: [auto]\n",
                 "recipe:3:16", "text"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {approximate: omp}\n",
+                "recipe:3:26", "needs a model"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: base, approximate: omp}\n",
+                "recipe:3:40", "needs a model"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: landmark}\n",
+                "recipe:3:37", "omp, common_interpolation"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {k: 0}}\n",
+                "recipe:3:41", "from 1 to 1024"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {weight_scheme: even}}\n",
+                "recipe:3:53", "barycentric"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {prefix_match: head}}\n",
+                "recipe:3:52", "yes, no, embed, lm_head"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {magikarp: maybe}}\n",
+                "recipe:3:48", "true or false"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {new_vocab_scale: 0}}\n",
+                "recipe:3:55", "other than 0"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\n"
+                "tokenizer: {source: b, approximate: {new_vocab_noise: -1}}\n",
+                "recipe:3:55", "not negative"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\nalign: {method: cca}\n", "recipe:3:1",
                 "`align` is not supported"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\narithmetic: dtype\n", "recipe:3:1",

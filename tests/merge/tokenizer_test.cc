@@ -127,7 +127,7 @@ TEST_F(TokenizerTest, RowsComeFromTheRightModels) {
   ASSERT_THAT(alignment, IsOk());
   EXPECT_EQ(alignment->rows(), 5);
   EXPECT_TRUE(alignment->edit().empty());
-  const auto views = alignment->Align({0, 1, 2}, Sources(models), warnings_);
+  const auto views = alignment->Align({0, 1, 2}, Sources(models), {}, warnings_);
   ASSERT_THAT(views, IsOk());
   for (int64_t step : {1, 2, 3, 7, 100}) {
     EXPECT_THAT(RowsOf(*(*views)[0], step), ElementsAre(1, (10 + 21) / 2.0, 22, 2, 0));
@@ -136,7 +136,7 @@ TEST_F(TokenizerTest, RowsComeFromTheRightModels) {
   }
   EXPECT_THAT(warnings_, IsEmpty());
   // Without the base, "base" of model 1 is model 2's alone.
-  const auto two = alignment->Align({1, 2}, Sources({m1, m2}), warnings_);
+  const auto two = alignment->Align({1, 2}, Sources({m1, m2}), {}, warnings_);
   ASSERT_THAT(two, IsOk());
   EXPECT_THAT(RowsOf(*(*two)[0], 4), ElementsAre(12, 10, 22, 23, 11));
 }
@@ -155,7 +155,7 @@ TEST_F(TokenizerTest, UnionHasTheTokensOfAllInTheOrderOfModelsAndIds) {
   const AddedToken special{.content = "<x>", .normalized = false, .special = true};
   EXPECT_EQ(alignment->edit().added.at(3), special);
   EXPECT_EQ(alignment->edit().added.at(2), AddedToken{.content = "z"});
-  const auto views = alignment->Align({0, 1, 2}, Sources(models), warnings_);
+  const auto views = alignment->Align({0, 1, 2}, Sources(models), {}, warnings_);
   ASSERT_THAT(views, IsOk());
   EXPECT_THAT(RowsOf(*(*views)[0], 3), ElementsAre(0, 1, 10, (12 + 20) / 2.0, 13, 22, 23));
   EXPECT_THAT(RowsOf(*(*views)[1], 3), ElementsAre(11, 1, 10, 12, 13, 22, 23));
@@ -210,14 +210,14 @@ TEST_F(TokenizerTest, TheRecipeNamesRows) {
   EXPECT_EQ(alignment->rows(), 6);
   EXPECT_TRUE(alignment->edit().added.at(2).special);  // "<x>", as its model has it
   EXPECT_FALSE(alignment->edit().added.at(3).special);
-  const auto views = alignment->Align({0, 1}, Sources(models), warnings_);
+  const auto views = alignment->Align({0, 1}, Sources(models), {}, warnings_);
   ASSERT_THAT(views, IsOk());
   // a, b, <x>, n, p, q
   EXPECT_THAT(RowsOf(*(*views)[0], 5), ElementsAre(10, 1, 11, 12, 2, 0));
   EXPECT_THAT(RowsOf(*(*views)[1], 5), ElementsAre(10, 0, 11, 12, 2, 0));
   EXPECT_THAT(warnings_, ElementsAre(AllOf(HasSubstr("1 token is"), HasSubstr("\"q\""))));
   // A tensor that the named model has no part in.
-  EXPECT_THAT(alignment->Align({0}, Sources({m0}), warnings_),
+  EXPECT_THAT(alignment->Align({0}, Sources({m0}), {}, warnings_),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("not merged from")));
 }
 
@@ -238,7 +238,7 @@ TEST_F(TokenizerTest, RowsThatAreNotThereAreErrors) {
       .token = "c", .rows = Rows::kModelToken, .model = Ref(*m0), .other_id = 3, .at = {5, 6}};
   const auto alignment = Unite(models, {beyond});
   ASSERT_THAT(alignment, IsOk());
-  EXPECT_THAT(alignment->Align({0, 1}, Sources(models), warnings_),
+  EXPECT_THAT(alignment->Align({0, 1}, Sources(models), {}, warnings_),
               StatusIs(absl::StatusCode::kFailedPrecondition,
                        AllOf(HasSubstr("recipe:5:6: "), HasSubstr("row 3"), HasSubstr("3 rows"))));
 }
@@ -250,14 +250,14 @@ TEST_F(TokenizerTest, PaddingIsTheMeanOfTheRows) {
   const auto alignment = Unite(models, {}, 4);
   ASSERT_THAT(alignment, IsOk());
   EXPECT_EQ(alignment->rows(), 4);
-  const auto views = alignment->Align({0, 1}, Sources(models), warnings_);
+  const auto views = alignment->Align({0, 1}, Sources(models), {}, warnings_);
   ASSERT_THAT(views, IsOk());
   for (int64_t step : {1, 3, 8}) {
     EXPECT_THAT(RowsOf(*(*views)[0], step), ElementsAre(0, 1, 2, 1));
     EXPECT_THAT(RowsOf(*(*views)[1], step), ElementsAre(11, 1, 10, 7.34375));  // 22 / 3 in bf16
   }
   // Whoever comes first computes it for all.
-  const auto fresh = alignment->Align({0, 1}, Sources(models), warnings_);
+  const auto fresh = alignment->Align({0, 1}, Sources(models), {}, warnings_);
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] { EXPECT_EQ(RowsOf(*(*fresh)[1], 1)[3], 7.34375); });
@@ -271,7 +271,7 @@ TEST_F(TokenizerTest, GapsBetweenIdsArePadding) {
   const auto m1 = Model(1, {"a", "c"}, 2);
   const auto alignment = Make({.source = Source::kBase}, {m0, m1}, *m0);
   ASSERT_THAT(alignment, IsOk());
-  const auto views = alignment->Align({0, 1}, Sources({m0, m1}), warnings_);
+  const auto views = alignment->Align({0, 1}, Sources({m0, m1}), {}, warnings_);
   EXPECT_THAT(RowsOf(*(*views)[0], 4), ElementsAre(0, 1.5, 1.5, 3));
   // Where a new token would come is not what loaders say.
   EXPECT_THAT(Unite({m0, m1}), StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("gaps")));
@@ -283,7 +283,7 @@ TEST_F(TokenizerTest, PaddingIsDroppedAndUntouchedRowsStayTheSame) {
   const auto alignment = Unite({m0, m1});
   ASSERT_THAT(alignment, IsOk());
   const auto sources = Sources({m0, m1});
-  const auto views = alignment->Align({0, 1}, sources, warnings_);
+  const auto views = alignment->Align({0, 1}, sources, {}, warnings_);
   ASSERT_THAT(views, IsOk());
   EXPECT_EQ((*views)[0]->shape(), (Shape{2, 2}));
   EXPECT_THAT(RowsOf(*(*views)[0], 3), ElementsAre(0, 1));
@@ -296,7 +296,7 @@ TEST_F(TokenizerTest, IdsBeyondVocabularySizeAreNoTokens) {
   const auto m1 = Model(1, {"a", "b"}, 3, small);
   const auto alignment = Unite({m0, m1});
   ASSERT_THAT(alignment, IsOk());
-  const auto views = alignment->Align({0, 1}, Sources({m0, m1}), warnings_);
+  const auto views = alignment->Align({0, 1}, Sources({m0, m1}), {}, warnings_);
   EXPECT_THAT(RowsOf(*(*views)[1], 4), ElementsAre(10, 1));
   EXPECT_THAT(warnings_, IsEmpty());
   // As the output's tokenizer it loses them.
@@ -313,7 +313,7 @@ TEST_F(TokenizerTest, AModelWithoutTokenizerHasTheDonors) {
   const auto alignment = Unite({m0, m1});
   ASSERT_THAT(alignment, IsOk());
   EXPECT_THAT(warnings_, ElementsAre(HasSubstr("has no tokenizer")));
-  EXPECT_THAT(RowsOf(*(*alignment->Align({0, 1}, Sources({m0, m1}), warnings_))[1], 4),
+  EXPECT_THAT(RowsOf(*(*alignment->Align({0, 1}, Sources({m0, m1}), {}, warnings_))[1], 4),
               ElementsAre(10, 11));
   EXPECT_THAT(Unite({m1, m0}),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("tokenizer is needed")));
@@ -327,7 +327,7 @@ TEST_F(TokenizerTest, WidthsMustAgree) {
   const auto wide = Checkpoint::Open({.path = folder_ / "wide.safetensors"});
   ASSERT_THAT(wide, IsOk());
   EXPECT_THAT(
-      Unite({m0, m1})->Align({0, 1}, Sources({m0, *wide}), warnings_),
+      Unite({m0, m1})->Align({0, 1}, Sources({m0, *wide}), {}, warnings_),
       StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("only the number of rows")));
 }
 
