@@ -19,7 +19,7 @@
 #include "client/recipe_paths.h"
 #include "merge/checkpoint/architecture.h"
 #include "merge/checkpoint/checkpoint.h"
-#include "merge/checkpoint/lora_adapter.h"
+#include "merge/checkpoint/lora_file.h"
 #include "merge/recipe/recipe.h"
 #include "store/object_store.h"
 

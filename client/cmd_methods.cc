@@ -11,6 +11,7 @@
 #include "client/exit_code.h"
 #include "client/method_report.h"
 #include "client/recipe_schema.h"
+#include "merge/methods/adapter_method.h"
 #include "merge/methods/method.h"
 
 namespace pewter::client {
@@ -23,6 +24,34 @@ struct Arguments {
   bool schema = false;
 };
 
+std::string Parameters(const MergeMethod& method) {
+  std::vector<std::string> params;
+  for (const Param& param : method.params) {
+    if (!param.no_effect) params.push_back(param.name);
+  }
+  return params.empty() ? "-" : absl::StrJoin(params, ",");
+}
+
+// What the name means for models, for adapters, or for either.
+absl::StatusOr<int> Explain(const std::string& name, Output& out) {
+  const auto adapter = FindAdapterMethod(name);
+  const auto method = FindMethod(name);
+  if (!method.ok() && !adapter.ok()) return method.status();
+  if (out.quiet()) {
+    out.Text(absl::StrCat(name, "\n"));
+  } else if (out.json()) {
+    Json json = method.ok() ? MethodToJson(**method) : MethodToJson(**adapter);
+    if (method.ok() && adapter.ok()) json["adapters"] = MethodToJson(**adapter);
+    out.Print(json);
+  } else {
+    std::vector<std::string> texts;
+    if (method.ok()) texts.push_back(MethodToText(**method));
+    if (adapter.ok()) texts.push_back(MethodToText(**adapter));
+    out.Text(absl::StrJoin(texts, "\n"));
+  }
+  return kExitDone;
+}
+
 absl::StatusOr<int> RunMethods(const Arguments& arguments, Output& out) {
   const std::string& name = arguments.name;
   if (arguments.markdown) {
@@ -33,32 +62,26 @@ absl::StatusOr<int> RunMethods(const Arguments& arguments, Output& out) {
     out.Text(RecipeSchema().dump(2) + "\n");
     return kExitDone;
   }
-  if (!name.empty()) {
-    ASSIGN_OR_RETURN(const MergeMethod* method, FindMethod(name));
-    if (out.json()) {
-      out.Print(MethodToJson(*method));
-    } else {
-      out.Text(out.quiet() ? absl::StrCat(method->name, "\n") : MethodToText(*method));
-    }
-    return kExitDone;
-  }
+  if (!name.empty()) return Explain(name, out);
   if (out.json()) {
     Json methods = Json::array();
     for (const MergeMethod* method : Methods()) methods.push_back(MethodToJson(*method));
+    for (const AdapterMethod* adapter : AdapterMethods()) methods.push_back(MethodToJson(*adapter));
     out.Print(methods);
   } else if (out.quiet()) {
-    for (const MergeMethod* method : Methods()) out.Text(absl::StrCat(method->name, "\n"));
+    for (const std::string& one : MethodNames()) out.Text(absl::StrCat(one, "\n"));
   } else {
     Table table({"METHOD", "BASE MODEL", "PARAMETERS", "SUMMARY"});
     for (const MergeMethod* method : Methods()) {
-      std::vector<std::string> params;
-      for (const Param& param : method->params) {
-        if (!param.no_effect) params.push_back(param.name);
-      }
-      table.Add({method->name, BaseName(method->base),
-                 params.empty() ? "-" : absl::StrJoin(params, ","), method->summary});
+      table.Add({method->name, BaseName(method->base), Parameters(*method), method->summary});
     }
-    out.Text(absl::StrCat(table.ToString(), "\npewter methods NAME explains one.\n"));
+    Table adapters({"METHOD", "PARAMETERS", "SUMMARY"});
+    for (const AdapterMethod* adapter : AdapterMethods()) {
+      adapters.Add({adapter->method.name, Parameters(adapter->method), adapter->method.summary});
+    }
+    out.Text(absl::StrCat(table.ToString(),
+                          "\nOf LoRA adapters, with `output: {format: lora}`:\n\n",
+                          adapters.ToString(), "\npewter methods NAME explains one.\n"));
   }
   return kExitDone;
 }

@@ -12,7 +12,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "client/commands.h"
-#include "merge/methods/method.h"
+#include "merge/methods/adapter_method.h"
 
 namespace pewter::client {
 
@@ -74,7 +74,7 @@ Values ValuesOf(const CLI::Option& option) {
   if (type == kJobType) return {.command = "pewter jobs list -q 2>/dev/null"};
   Values values;
   if (type == kMethodType) {
-    for (const MergeMethod* method : Methods()) values.words.push_back(method->name);
+    values.words = MethodNames();
   } else if (absl::StrContains(type, '|')) {
     // "auto|cpu|cuda:N": words in capitals stand for something.
     for (const std::string& word : std::vector<std::string>(absl::StrSplit(type, '|'))) {

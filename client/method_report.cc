@@ -97,8 +97,26 @@ std::string ExampleValue(const Param& param) {
   return "";
 }
 
+// The keys `models` and `parameters`.
+std::string ExampleInputs(const MergeMethod& method, int models, absl::string_view path) {
+  std::string of_model, of_recipe;
+  for (const Param& param : method.params) {
+    if (param.no_effect || std::holds_alternative<Unset>(param.fallback)) continue;
+    absl::StrAppend(param.scope == ParamScopeKind::kModel ? &of_model : &of_recipe,
+                    param.scope == ParamScopeKind::kModel ? "      " : "  ", param.name, ": ",
+                    ExampleValue(param), "\n");
+  }
+  std::string text = "models:\n";
+  for (int i = 0; i < models; ++i) {
+    absl::StrAppend(&text, "  - model: ", path, std::string(1, static_cast<char>('a' + i)), "\n");
+    if (!of_model.empty()) absl::StrAppend(&text, "    parameters:\n", of_model);
+  }
+  if (!of_recipe.empty()) absl::StrAppend(&text, "parameters:\n", of_recipe);
+  return text;
+}
+
 std::string MeaningText(const Param& param) {
-  return param.no_effect ? "accepted for mergekit's sake; no effect" : param.help;
+  return param.no_effect ? "accepted for compatibility; no effect" : param.help;
 }
 
 // "Takes at least 2 models besides the base model."
@@ -132,28 +150,21 @@ const char* BaseName(BaseUse base) {
 }
 
 std::string ExampleRecipe(const MergeMethod& method) {
-  std::string of_model, of_recipe;
-  for (const Param& param : method.params) {
-    if (param.no_effect || std::holds_alternative<Unset>(param.fallback)) continue;
-    absl::StrAppend(param.scope == ParamScopeKind::kModel ? &of_model : &of_recipe,
-                    param.scope == ParamScopeKind::kModel ? "      " : "  ", param.name, ": ",
-                    ExampleValue(param), "\n");
-  }
-  const int models =
-      std::clamp(2, method.min_inputs, std::max(method.min_inputs, method.max_inputs));
   std::string text = absl::StrCat("merge_method: ", method.name, "\n");
   if (method.base != BaseUse::kInput) absl::StrAppend(&text, "base_model: ./base\n");
-  absl::StrAppend(&text, "models:\n");
-  for (int i = 0; i < models; ++i) {
-    absl::StrAppend(&text, "  - model: ./model-", std::string(1, static_cast<char>('a' + i)), "\n");
-    if (!of_model.empty()) absl::StrAppend(&text, "    parameters:\n", of_model);
-  }
-  if (!of_recipe.empty()) absl::StrAppend(&text, "parameters:\n", of_recipe);
-  absl::StrAppend(&text, "dtype: bfloat16\n");
-  return text;
+  const int models =
+      std::clamp(2, method.min_inputs, std::max(method.min_inputs, method.max_inputs));
+  return absl::StrCat(text, ExampleInputs(method, models, "./model-"), "dtype: bfloat16\n");
 }
 
-Json MethodToJson(const MergeMethod& method) {
+std::string ExampleRecipe(const AdapterMethod& method) {
+  return absl::StrCat("merge_method: ", method.method.name, "\noutput: {format: lora}\n",
+                      ExampleInputs(method.method, 2, "./lora-"));
+}
+
+namespace {
+
+Json ParametersToJson(const MergeMethod& method) {
   Json params = Json::array();
   for (const Param& param : method.params) {
     params.push_back({{"name", param.name},
@@ -167,6 +178,12 @@ Json MethodToJson(const MergeMethod& method) {
                       {"choices", param.choices},
                       {"no_effect", param.no_effect}});
   }
+  return params;
+}
+
+}  // namespace
+
+Json MethodToJson(const MergeMethod& method) {
   return {{"name", method.name},
           {"title", method.title},
           {"summary", method.summary},
@@ -175,9 +192,47 @@ Json MethodToJson(const MergeMethod& method) {
           {"base_model", BaseName(method.base)},
           {"min_inputs", method.min_inputs},
           {"max_inputs", method.max_inputs},
-          {"parameters", std::move(params)},
+          {"parameters", ParametersToJson(method)},
           {"example", ExampleRecipe(method)}};
 }
+
+Json MethodToJson(const AdapterMethod& adapter) {
+  const MergeMethod& method = adapter.method;
+  return {{"name", method.name},
+          {"title", method.title},
+          {"summary", method.summary},
+          {"formula", method.formula},
+          {"reference", method.reference},
+          {"output_format", "lora"},
+          {"parameters", ParametersToJson(method)},
+          {"example", ExampleRecipe(adapter)}};
+}
+
+namespace {
+
+std::string MethodToMarkdown(const MergeMethod& method, absl::string_view heading,
+                             absl::string_view inputs, absl::string_view example) {
+  std::string text =
+      absl::StrCat("\n", heading, " `", method.name, "`\n\n", method.title, ": ", method.summary,
+                   ".\n\n    ", absl::StrReplaceAll(method.formula, {{"\n", "\n    "}}),
+                   "\n\n[Reference](", method.reference, "). ", inputs, "\n\n");
+  if (!method.params.empty()) {
+    absl::StrAppend(&text,
+                    "| parameter | type | set per | default | range | meaning |\n"
+                    "|---|---|---|---|---|---|\n");
+  }
+  for (const Param& param : method.params) {
+    absl::StrAppend(&text, "| `", param.name, "` | ", TypeName(param.type), " | ",
+                    ScopeName(param.scope), " | ", DefaultText(param), " | ",
+                    absl::StrReplaceAll(RangeText(param), {{"|", "\\|"}}), " | ",
+                    absl::StrReplaceAll(MeaningText(param), {{"|", "\\|"}}), " |\n");
+  }
+  if (!method.params.empty()) absl::StrAppend(&text, "\n");
+  absl::StrAppend(&text, "```yaml\n", example, "```\n");
+  return text;
+}
+
+}  // namespace
 
 std::string MethodsToMarkdown() {
   std::string text =
@@ -190,36 +245,35 @@ std::string MethodsToMarkdown() {
       "(slices,\n"
       "modules, the recipe), or for the recipe as a whole.\n";
   for (const MergeMethod* method : Methods()) {
-    absl::StrAppend(&text, "\n## `", method->name, "`\n\n", method->title, ": ", method->summary,
-                    ".\n\n    ", absl::StrReplaceAll(method->formula, {{"\n", "\n    "}}),
-                    "\n\n[Reference](", method->reference, "). ", InputsText(*method), "\n\n");
-    if (!method->params.empty()) {
-      absl::StrAppend(&text,
-                      "| parameter | type | set per | default | range | meaning |\n"
-                      "|---|---|---|---|---|---|\n");
-    }
-    for (const Param& param : method->params) {
-      absl::StrAppend(&text, "| `", param.name, "` | ", TypeName(param.type), " | ",
-                      ScopeName(param.scope), " | ", DefaultText(param), " | ",
-                      absl::StrReplaceAll(RangeText(param), {{"|", "\\|"}}), " | ",
-                      absl::StrReplaceAll(MeaningText(param), {{"|", "\\|"}}), " |\n");
-    }
-    if (!method->params.empty()) absl::StrAppend(&text, "\n");
-    absl::StrAppend(&text, "```yaml\n", ExampleRecipe(*method), "```\n");
+    absl::StrAppend(&text,
+                    MethodToMarkdown(*method, "##", InputsText(*method), ExampleRecipe(*method)));
+  }
+  absl::StrAppend(
+      &text,
+      "\n## Adapters\n\n"
+      "With `output: {format: lora}` the models are LoRA adapters, and these methods make one of "
+      "them\n"
+      "([recipes.md](recipes.md#merging-adapters)). The definitions are PEFT's; `s_i` is adapter "
+      "i's scale.\n");
+  for (const AdapterMethod* adapter : AdapterMethods()) {
+    absl::StrAppend(&text, MethodToMarkdown(adapter->method, "###",
+                                            adapter->rank == AdapterMethod::Rank::kSame
+                                                ? "Takes adapters of one rank."
+                                                : "Takes adapters of any ranks.",
+                                            ExampleRecipe(*adapter)));
   }
   return text;
 }
 
-std::string MethodToText(const MergeMethod& method) {
-  std::string text =
-      absl::StrCat(method.name, " (", method.title, ")\n", Wrap(method.summary, kTextColumns, 2),
-                   "\nFormula\n", Wrap(method.formula, kTextColumns, 2), "\nInputs      ");
-  const int fewest = std::max(method.min_inputs, 1);
-  absl::StrAppend(
-      &text, fewest == method.max_inputs ? "" : "at least ", fewest,
-      method.base == BaseUse::kInput ? "" : ", besides the base model", "\nBase model  ",
-      method.base == BaseUse::kInput ? "an input like the others" : BaseName(method.base),
-      "\nReference   ", method.reference, "\n\n");
+namespace {
+
+std::string FormulaText(const MergeMethod& method, absl::string_view title) {
+  return absl::StrCat(method.name, " (", title, ")\n", Wrap(method.summary, kTextColumns, 2),
+                      "\nFormula\n", Wrap(method.formula, kTextColumns, 2), "\n");
+}
+
+std::string ParametersText(const MergeMethod& method, absl::string_view example) {
+  std::string text = absl::StrCat("Reference   ", method.reference, "\n\n");
   if (method.params.empty()) {
     absl::StrAppend(&text, "No parameters.\n");
   } else {
@@ -231,10 +285,30 @@ std::string MethodToText(const MergeMethod& method) {
     absl::StrAppend(&text, table.ToString());
   }
   absl::StrAppend(&text, "\nExample\n");
-  for (absl::string_view line : absl::StrSplit(ExampleRecipe(method), '\n', absl::SkipEmpty())) {
+  for (absl::string_view line : absl::StrSplit(example, '\n', absl::SkipEmpty())) {
     absl::StrAppend(&text, "  ", line, "\n");
   }
   return text;
+}
+
+}  // namespace
+
+std::string MethodToText(const MergeMethod& method) {
+  const int fewest = std::max(method.min_inputs, 1);
+  return absl::StrCat(
+      FormulaText(method, method.title), "Inputs      ",
+      fewest == method.max_inputs ? "" : "at least ", fewest,
+      method.base == BaseUse::kInput ? "" : ", besides the base model", "\nBase model  ",
+      method.base == BaseUse::kInput ? "an input like the others" : BaseName(method.base), "\n",
+      ParametersText(method, ExampleRecipe(method)));
+}
+
+std::string MethodToText(const AdapterMethod& adapter) {
+  const MergeMethod& method = adapter.method;
+  return absl::StrCat(FormulaText(method, absl::StrCat(method.title, ", of adapters")),
+                      "Inputs      LoRA adapters",
+                      adapter.rank == AdapterMethod::Rank::kSame ? " of one rank" : "", "\n",
+                      ParametersText(method, ExampleRecipe(adapter)));
 }
 
 }  // namespace pewter::client

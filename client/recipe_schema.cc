@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "merge/methods/adapter_method.h"
 #include "merge/methods/method.h"
 
 namespace pewter::client {
@@ -78,10 +79,10 @@ Json ParametersOf(const MergeMethod& method, bool of_model) {
   return Object(std::move(properties));
 }
 
-// The keys that hold inputs, with the parameters of one method.
-Json InputKeys(const MergeMethod& method) {
-  const Json shared = absl::StrCat("#/definitions/", method.name);
-  const Json own = absl::StrCat("#/definitions/", method.name, "_of_model");
+// The keys that hold inputs, with the parameters of the method of that definition.
+Json InputKeys(absl::string_view definition) {
+  const Json shared = absl::StrCat("#/definitions/", definition);
+  const Json own = absl::StrCat("#/definitions/", definition, "_of_model");
   const Json parameters = {{"$ref", shared}};
   const Json of_model = {{"$ref", own}};
   const Json models =
@@ -121,15 +122,34 @@ Json RecipeSchema() {
        {{"enum",
          {"float32", "float16", "bfloat16", "float64", "torch.float32", "torch.float16",
           "torch.bfloat16", "torch.float64"}}}}};
-  Json names = Json::array();
+  // Recipes whose output is an adapter have methods of their own.
+  const Json is_lora = {
+      {"properties",
+       {{"output", {{"properties", {{"format", {{"const", "lora"}}}}}, {"required", {"format"}}}}}},
+      {"required", {"output"}}};
   Json by_method = Json::array();
+  const auto add = [&](const MergeMethod& method, const std::string& definition, const Json& when) {
+    definitions[definition] = ParametersOf(method, /*of_model=*/false);
+    definitions[absl::StrCat(definition, "_of_model")] = ParametersOf(method, /*of_model=*/true);
+    const Json named = {{"properties", {{"merge_method", {{"const", method.name}}}}}};
+    by_method.push_back(
+        {{"if", {{"allOf", {named, when}}}}, {"then", {{"properties", InputKeys(definition)}}}});
+  };
+  Json of_models = Json::array(), of_adapters = Json::array();
   for (const MergeMethod* method : Methods()) {
-    names.push_back(method->name);
-    definitions[method->name] = ParametersOf(*method, /*of_model=*/false);
-    definitions[absl::StrCat(method->name, "_of_model")] = ParametersOf(*method, /*of_model=*/true);
-    by_method.push_back({{"if", {{"properties", {{"merge_method", {{"const", method->name}}}}}}},
-                         {"then", {{"properties", InputKeys(*method)}}}});
+    of_models.push_back(method->name);
+    add(*method, method->name, {{"not", is_lora}});
   }
+  for (const AdapterMethod* adapter : AdapterMethods()) {
+    of_adapters.push_back(adapter->method.name);
+    add(adapter->method, absl::StrCat("adapter_", adapter->method.name), is_lora);
+  }
+  const auto method_is = [](Json names) -> Json {
+    return {{"properties", {{"merge_method", {{"enum", std::move(names)}}}}}};
+  };
+  by_method.push_back({{"if", is_lora},
+                       {"then", method_is(std::move(of_adapters))},
+                       {"else", method_is(std::move(of_models))}});
   const Json any = Json::object();
   const Json token_source = {
       {"anyOf",
@@ -166,7 +186,8 @@ Json RecipeSchema() {
               {"approximate", approximate}});
   Json recipe =
       Object({{"name", {{"type", "string"}, {"pattern", "^[A-Za-z0-9_-][A-Za-z0-9._-]*$"}}},
-              {"merge_method", {{"enum", std::move(names)}}},
+              {"merge_method", {{"enum", MethodNames()}}},
+              {"output", Object({{"format", {{"enum", {"safetensors", "lora"}}}}})},
               {"base_model", Reference("model")},
               {"dtype", Reference("dtype")},
               {"out_dtype", Reference("dtype")},

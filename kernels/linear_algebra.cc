@@ -76,7 +76,14 @@ absl::Status CheckSvd(const LinearAlgebra::SvdProblem& problem) {
 }
 
 absl::Status CheckQr(const Matrix& a, const Matrix& r) {
-  RETURN_IF_ERROR(CheckExtents(a));
+  // Its workspace goes with the columns, so there may be many rows as long as they can be counted.
+  RETURN_IF_ERROR(CheckMatrix(a));
+  if (a.columns > kMaxExtent ||
+      a.rows > kMaxExtent * kMaxExtent / std::max<int64_t>(a.columns, 1)) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "a matrix ", Describe(a), " is too large for a QR factorisation; the limit is ", kMaxExtent,
+        " columns and ", kMaxExtent * kMaxExtent, " elements"));
+  }
   return CheckShape(r, std::min(a.rows, a.columns), a.columns, "the triangular factor");
 }
 

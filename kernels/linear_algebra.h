@@ -31,7 +31,8 @@ namespace pewter::kernels {
 class Backend;
 class Buffer;
 
-// Of a matrix to be factored: LAPACK counts workspace in 32 bits.
+// Of a matrix to be factored: LAPACK counts workspace in 32 bits. QR takes more rows, as long as
+// there are no more elements than in a square of this side.
 inline constexpr int64_t kMaxExtent = 32000;
 
 // Element (i, j) is at data[i * stride + j], minus the one at the same place of `minus` if set.

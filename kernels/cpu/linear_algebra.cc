@@ -224,7 +224,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
     // a^T = L Q, so a = Q^T L^T.
     const lapack_int rows = Int(a.columns), columns = Int(a.rows), count = Int(k);
     const lapack_int stride = Stride(a);
-    const lapack_int work_size = Int(64 * std::max(a.rows, a.columns));
+    const lapack_int work_size = Int(64 * a.columns);
     std::vector<double> work(work_size), tau(k);
     lapack_int info = 0;
     const LibraryCall call;

@@ -11,6 +11,7 @@
 #include "absl/strings/strip.h"
 #include "base/status.h"
 #include "merge/checkpoint/lora_adapter.h"
+#include "merge/checkpoint/lora_file.h"
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/shard_index.h"
 #include "merge/checkpoint/stored_source.h"
@@ -142,13 +143,21 @@ class OpenedCheckpoint final : public Checkpoint {
     } else {
       RETURN_IF_ERROR(AddFile(location.file));
     }
-    for (const auto& [tensor, stored] : tensors_) names_.push_back(tensor);
-    if (names_.empty()) {
-      return absl::FailedPreconditionError("there are no tensors in it");
-    }
-    std::sort(names_.begin(), names_.end());
+    RETURN_IF_ERROR(ListNames());
     if (ref_.adapter.empty()) return absl::OkStatus();
-    return Annotate(OpenAdapter(), absl::StrCat("adapter ", ref_.adapter));
+    return Annotate(ApplyAdapter(), absl::StrCat("adapter ", ref_.adapter));
+  }
+
+  // The folder is an adapter and nothing else.
+  absl::Status OpenAdapter() {
+    ASSIGN_OR_RETURN(Location location, LocateAdapter(ref_.path, ref_.revision));
+    store_ = std::move(location.store);
+    ASSIGN_OR_RETURN(AdapterConfigFile config, ReadAdapterConfig(store_));
+    config_json_ = std::move(config.text);
+    files_.push_back(std::move(config.file));
+    ASSIGN_OR_RETURN(TensorFile weights, ReadAdapterWeights(store_));
+    RETURN_IF_ERROR(AddFile(std::move(weights)));
+    return ListNames();
   }
 
   const ModelRef& ref() const override { return ref_; }
@@ -265,8 +274,19 @@ class OpenedCheckpoint final : public Checkpoint {
     return absl::OkStatus();
   }
 
+  absl::Status ListNames() {
+    for (const auto& [tensor, stored] : tensors_) names_.push_back(tensor);
+    if (names_.empty()) return absl::FailedPreconditionError("there are no tensors in it");
+    std::sort(names_.begin(), names_.end());
+    return absl::OkStatus();
+  }
+
   absl::Status AddFile(const std::string& key) {
     ASSIGN_OR_RETURN(TensorFile opened, ReadTensorFile(store_, key));
+    return AddFile(std::move(opened));
+  }
+
+  absl::Status AddFile(TensorFile opened) {
     const int file = static_cast<int>(files_.size());
     files_.push_back(std::move(opened.file));
     warnings_.insert(warnings_.end(), opened.warnings.begin(), opened.warnings.end());
@@ -278,20 +298,25 @@ class OpenedCheckpoint final : public Checkpoint {
       if (!added) {
         return absl::FailedPreconditionError(
             absl::StrCat("tensor ", Printable(entry->first), " is in two files: ",
-                         files_[entry->second.file].Describe(), " and ", store_->Describe(key)));
+                         files_[entry->second.file].Describe(), " and ", files_[file].Describe()));
       }
     }
     return absl::OkStatus();
   }
 
-  absl::Status OpenAdapter() {
-    ASSIGN_OR_RETURN(Location location, Locate(ref_.adapter, ref_.adapter_revision));
-    if (!location.file.empty()) {
-      return absl::FailedPreconditionError("an adapter is a folder with adapter_config.json");
-    }
+  static absl::StatusOr<Location> LocateAdapter(const std::string& path,
+                                                const std::string& revision) {
+    ASSIGN_OR_RETURN(Location location, Locate(path, revision));
+    if (location.file.empty()) return location;
+    return absl::FailedPreconditionError("an adapter is a folder with adapter_config.json");
+  }
+
+  absl::Status ApplyAdapter() {
+    ASSIGN_OR_RETURN(Location location, LocateAdapter(ref_.adapter, ref_.adapter_revision));
     ASSIGN_OR_RETURN(adapter_,
                      LoraAdapter::Open(location.store, absl::StrCat("adapter ", ref_.adapter),
                                        [&](absl::string_view tensor) { return Find(tensor); }));
+    files_.push_back(adapter_->config_file());
     files_.push_back(adapter_->file());
     warnings_.insert(warnings_.end(), adapter_->warnings().begin(), adapter_->warnings().end());
     return absl::OkStatus();
@@ -320,6 +345,13 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
   auto checkpoint = std::make_shared<OpenedCheckpoint>(ref);
   const absl::Status opened = checkpoint->Open(std::move(store));
   if (!opened.ok()) return Annotate(opened, absl::StrCat("model ", ref.ToString()));
+  return checkpoint;
+}
+
+absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::OpenAdapter(const ModelRef& ref) {
+  auto checkpoint = std::make_shared<OpenedCheckpoint>(ref);
+  const absl::Status opened = checkpoint->OpenAdapter();
+  if (!opened.ok()) return Annotate(opened, absl::StrCat("adapter ", ref.ToString()));
   return checkpoint;
 }
 

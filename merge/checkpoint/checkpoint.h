@@ -4,7 +4,8 @@
 // Kinds: a Hugging Face folder (config.json; model.safetensors, or model.safetensors.index.json
 // with its shards; else pytorch_model.bin likewise), or a raw checkpoint (one .safetensors, .bin,
 // .pt or .pth file, or a folder without config.json). An adapter (PEFT LoRA) makes the tensors it
-// touches views. Shared between threads once opened.
+// touches views, or is opened by itself: a raw checkpoint of its own tensors. Shared between
+// threads once opened.
 #pragma once
 
 #include <cstdint>
@@ -32,16 +33,18 @@ class Checkpoint {
   // The same for a model that is the folder `store`, whatever ref's path says.
   static absl::StatusOr<std::shared_ptr<const Checkpoint>> Open(const ModelRef& ref,
                                                                 std::shared_ptr<ObjectStore> store);
+  // The folder of an adapter without a model, which ref's path says. NotFound when it is none.
+  static absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenAdapter(const ModelRef& ref);
 
   virtual ~Checkpoint() = default;
   virtual const ModelRef& ref() const = 0;
   virtual ObjectStore& store() const = 0;  // of the model's folder (not the adapter's)
   virtual bool raw() const = 0;
-  // config.json's text; empty for a raw checkpoint.
+  // config.json's text; empty for a raw checkpoint. Of an adapter by itself adapter_config.json's.
   virtual const std::string& config_json() const = 0;
   // What was left out while opening.
   virtual const std::vector<std::string>& warnings() const = 0;
-  // Files in a fixed order, the adapter's last.
+  // Files in a fixed order, the adapter's configuration and weights last.
   virtual const std::vector<InputFile>& files() const = 0;
   // Names of the model's tensors, sorted (adapter tensors are not among them).
   virtual const std::vector<std::string>& tensor_names() const = 0;

@@ -8,82 +8,27 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "kernels/backend.h"
+#include "kernels/low_rank_product.h"
 #include "merge/checkpoint/lora_config.h"
-#include "merge/checkpoint/low_rank_product.h"
+#include "merge/checkpoint/lora_file.h"
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/stored_source.h"
 
 namespace pewter {
 namespace {
 
-constexpr absl::string_view kConfig = "adapter_config.json";
-constexpr absl::string_view kWeights = "adapter_model.safetensors";
-constexpr absl::string_view kTorchWeights = "adapter_model.bin";
-constexpr int64_t kMaxConfigBytes = int64_t{256} << 10;
+using kernels::LowRankProduct;
 
 // A model that was wrapped by a head or saved without it has or lacks one of these.
 constexpr absl::string_view kModelPrefixes[] = {
     "model.",   "transformer.", "bert.", "roberta.",        "distilbert.", "electra.",
     "deberta.", "gpt_neox.",    "vit.",  "language_model.", "base_model.",
 };
-
-enum class Role { kFactorA, kFactorB, kBias, kReplacement };
-
-// What a tensor of the adapter's file is, from its name.
-struct AdapterTensor {
-  Role role = Role::kReplacement;
-  std::string target;  // a module for factors and their bias, a tensor for replacements
-  bool embedding = false;
-};
-
-// Removes ".modules_to_save" or ".modules_to_save.ADAPTER", and ".base_layer".
-std::string PlainName(absl::string_view name) {
-  std::vector<absl::string_view> parts = absl::StrSplit(name, '.');
-  std::vector<absl::string_view> kept;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    if (parts[i] == "base_layer") continue;
-    if (parts[i] == "modules_to_save") {
-      if (i + 1 < parts.size() && parts[i + 1] == "default") ++i;
-      continue;
-    }
-    kept.push_back(parts[i]);
-  }
-  return absl::StrJoin(kept, ".");
-}
-
-absl::StatusOr<AdapterTensor> Classify(absl::string_view name) {
-  absl::ConsumePrefix(&name, "base_model.model.");
-  const size_t at = name.rfind(".lora_");
-  if (at == absl::string_view::npos) return AdapterTensor{.target = PlainName(name)};
-  // lora_A.weight, lora_A.default.weight, lora_embedding_A, lora_embedding_A.default
-  std::vector<absl::string_view> parts = absl::StrSplit(name.substr(at + 1), '.');
-  AdapterTensor tensor{.target = std::string(name.substr(0, at))};
-  const absl::string_view kind = parts.front();
-  tensor.embedding = absl::StartsWith(kind, "lora_embedding_");
-  tensor.role = absl::EndsWith(kind, "_A") ? Role::kFactorA : Role::kFactorB;
-  if (kind == "lora_magnitude_vector") {
-    return absl::FailedPreconditionError("DoRA (lora_magnitude_vector) is not supported");
-  }
-  const bool factor = kind == "lora_A" || kind == "lora_B" || kind == "lora_embedding_A" ||
-                      kind == "lora_embedding_B";
-  if (kind == "lora_B" && parts.size() > 1 && parts.back() == "bias") {  // lora_bias
-    tensor.role = Role::kBias;
-    parts.pop_back();
-  }
-  if (!tensor.embedding && parts.size() > 1 && parts.back() == "weight") parts.pop_back();
-  if (!factor || parts.size() > 2) {
-    return absl::FailedPreconditionError("it is not a tensor of a LoRA adapter");
-  }
-  return tensor;
-}
 
 // The first of `name`, `name` with a prefix and `name` without one that the model has.
 const TensorInfo* Match(absl::string_view name,
@@ -124,24 +69,17 @@ absl::StatusOr<bool> SameBytes(ObjectStore& store, absl::string_view key, const 
 absl::StatusOr<LoraAdapter::LowRank> Fit(const TensorInfo& weight, const TensorInfo& a,
                                          const TensorInfo& b, bool embedding, bool fan_in_fan_out,
                                          int64_t rank, float scale) {
-  for (const TensorInfo* info : {&weight, &a, &b}) {
-    if (!IsFloat(info->dtype)) {
-      return absl::FailedPreconditionError(absl::StrCat("tensor ", Printable(info->name), " is ",
-                                                        SafetensorsName(info->dtype),
-                                                        "; LoRA needs floating types"));
-    }
+  if (!IsFloat(weight.dtype)) {
+    return absl::FailedPreconditionError(absl::StrCat("tensor ", Printable(weight.name), " is ",
+                                                      SafetensorsName(weight.dtype),
+                                                      "; LoRA needs floating types"));
   }
   const auto misfit = [&](absl::string_view what) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(what, ": tensor ", weight.shape.ToString(), ", A ", a.shape.ToString(), ", B ",
-                     b.shape.ToString(), ", rank ", rank, " by adapter_config.json"));
+    return absl::FailedPreconditionError(absl::StrCat(what, ": tensor ", weight.shape.ToString(),
+                                                      ", A ", a.shape.ToString(), ", B ",
+                                                      b.shape.ToString()));
   };
-  if (weight.shape.rank() < 2 || a.shape.rank() < 2 || b.shape.rank() < 2) {
-    return misfit("LoRA factors and the tensor they change must be matrices");
-  }
-  if (a.shape[0] != rank || b.shape[1] != rank || Columns(b.shape) != rank) {
-    return misfit("the factors do not have the rank that the configuration says");
-  }
+  if (weight.shape.rank() < 2) return misfit("LoRA changes matrices");
   // A convolution's A has the kernel's extents: [rank, in, h, w].
   const bool direct = !embedding && b.shape[0] == weight.shape[0] &&
                       a.shape.extents().subspan(1) == weight.shape.extents().subspan(1);
@@ -347,115 +285,81 @@ class LoraAdapter::View final : public TensorSource {
   mutable std::weak_ptr<const LowRankProduct> product_;  // guarded by mutex_
 };
 
-absl::StatusOr<TensorFile> ReadAdapterWeights(std::shared_ptr<ObjectStore> store) {
-  absl::StatusOr<TensorFile> weights = ReadTensorFile(store, kWeights);
-  if (absl::IsNotFound(weights.status()) && store->Stat(kTorchWeights).ok()) {
-    return ReadTensorFile(store, kTorchWeights);
-  }
-  return weights;
-}
-
 absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
     std::shared_ptr<ObjectStore> store, std::string name,
     absl::FunctionRef<const TensorInfo*(absl::string_view)> find) {
-  const absl::StatusOr<std::string> config_text = ReadText(*store, kConfig, kMaxConfigBytes);
-  if (absl::IsNotFound(config_text.status())) {
-    return absl::NotFoundError(
-        absl::StrCat("it is not a LoRA adapter: there is no ", store->Describe(kConfig)));
-  }
-  RETURN_IF_ERROR(config_text.status());
-  const absl::StatusOr<LoraConfig> config = LoraConfig::Parse(*config_text);
-  if (!config.ok()) return Annotate(config.status(), store->Describe(kConfig));
+  ASSIGN_OR_RETURN(AdapterConfigFile config_file, ReadAdapterConfig(store));
+  const absl::StatusOr<LoraConfig> config = LoraConfig::Parse(config_file.text);
+  if (!config.ok()) return Annotate(config.status(), config_file.file.Describe());
 
   std::shared_ptr<LoraAdapter> adapter(new LoraAdapter);
   ASSIGN_OR_RETURN(const TensorFile opened, ReadAdapterWeights(store));
+  adapter->config_file_ = std::move(config_file.file);
   adapter->file_ = opened.file;
   adapter->warnings_ = opened.warnings;
   adapter->factors_ = std::make_shared<Factors>(store, opened.file.key, std::move(name));
   const std::string file = opened.file.Describe();
+  ASSIGN_OR_RETURN(const LoraTensors tensors, SortLoraTensors(opened.tensors, *config, file));
 
-  struct Pair {
-    const TensorInfo* a = nullptr;
-    const TensorInfo* b = nullptr;
-    bool embedding = false;
-  };
-  std::map<std::string, Pair> pairs;  // by module
-  std::vector<const TensorInfo*> without_target;
-  for (const TensorInfo& tensor : opened.tensors) {
+  std::vector<const std::pair<std::string, TensorInfo>*> without_target;
+  for (const auto& replacement : tensors.replacements) {
+    const TensorInfo& tensor = replacement.second;
     const std::string where = absl::StrCat(file, ", tensor ", Printable(tensor.name));
-    const absl::StatusOr<AdapterTensor> classified = Classify(tensor.name);
-    if (!classified.ok()) return Annotate(classified.status(), where);
-    if (classified->role == Role::kReplacement) {
-      const TensorInfo* target = Match(classified->target, find);
-      if (target == nullptr) {
-        without_target.push_back(&tensor);
-        continue;
-      }
-      if (!(target->shape == tensor.shape)) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(where, " replaces ", Printable(target->name), " of shape ",
-                         target->shape.ToString(), " but has shape ", tensor.shape.ToString()));
-      }
-      if (target->dtype != tensor.dtype && !(IsFloat(target->dtype) && IsFloat(tensor.dtype))) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(where, " is ", SafetensorsName(tensor.dtype), " and replaces ",
-                         SafetensorsName(target->dtype), "; only floating types are converted"));
-      }
-      Change& change = adapter->changes_[target->name];
-      if (std::exchange(change.has_replacement, true)) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(where, ": another tensor replaces ", Printable(target->name), " too"));
-      }
-      change.replacement = tensor;
+    const TensorInfo* target = Match(replacement.first, find);
+    if (target == nullptr) {
+      without_target.push_back(&replacement);
       continue;
     }
-    if (classified->role == Role::kBias) {
-      const TensorInfo* target = Match(absl::StrCat(classified->target, ".bias"), find);
-      if (target == nullptr || !(target->shape == tensor.shape) || !IsFloat(tensor.dtype) ||
-          !IsFloat(target->dtype)) {
-        return absl::FailedPreconditionError(absl::StrCat(
-            where, ": the model has no bias of its shape for ", Printable(classified->target)));
-      }
-      Change& change = adapter->changes_[target->name];
-      if (std::exchange(change.has_bias, true)) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(where, ": another tensor changes ", Printable(target->name), " too"));
-      }
-      change.bias = tensor;
-      change.bias_scale = config->Scale(classified->target);
-      continue;
-    }
-    Pair& pair = pairs[classified->target];
-    pair.embedding = classified->embedding;
-    const TensorInfo*& factor = classified->role == Role::kFactorA ? pair.a : pair.b;
-    if (factor != nullptr) {
+    if (!(target->shape == tensor.shape)) {
       return absl::FailedPreconditionError(
-          absl::StrCat(where, ": module ", Printable(classified->target),
-                       " has this factor twice; several adapters in one file are not supported"));
+          absl::StrCat(where, " replaces ", Printable(target->name), " of shape ",
+                       target->shape.ToString(), " but has shape ", tensor.shape.ToString()));
     }
-    factor = &tensor;
+    if (target->dtype != tensor.dtype && !(IsFloat(target->dtype) && IsFloat(tensor.dtype))) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, " is ", SafetensorsName(tensor.dtype), " and replaces ",
+                       SafetensorsName(target->dtype), "; only floating types are converted"));
+    }
+    Change& change = adapter->changes_[target->name];
+    if (std::exchange(change.has_replacement, true)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, ": another tensor replaces ", Printable(target->name), " too"));
+    }
+    change.replacement = tensor;
+  }
+  for (const auto& [module, tensor] : tensors.biases) {
+    const std::string where = absl::StrCat(file, ", tensor ", Printable(tensor.name));
+    const TensorInfo* target = Match(absl::StrCat(module, ".bias"), find);
+    if (target == nullptr || !(target->shape == tensor.shape) || !IsFloat(tensor.dtype) ||
+        !IsFloat(target->dtype)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, ": the model has no bias of its shape for ", Printable(module)));
+    }
+    Change& change = adapter->changes_[target->name];
+    if (std::exchange(change.has_bias, true)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, ": another tensor changes ", Printable(target->name), " too"));
+    }
+    change.bias = tensor;
+    change.bias_scale = config->Scale(module);
   }
   // PEFT needs the output head of a model that is tied to its embeddings besides those; such a
   // model has no tensor for it and takes what the embeddings become.
-  for (const TensorInfo* const tensor : without_target) {
+  for (const auto* const replacement : without_target) {
+    const TensorInfo& tensor = replacement->second;
     bool tied = false;
     for (const auto& [name, change] : adapter->changes_) {
       if (tied || !change.has_replacement) continue;
-      ASSIGN_OR_RETURN(tied, SameBytes(*store, opened.file.key, change.replacement, *tensor));
+      ASSIGN_OR_RETURN(tied, SameBytes(*store, opened.file.key, change.replacement, tensor));
     }
     if (!tied) {
-      return absl::FailedPreconditionError(absl::StrCat(file, ", tensor ", Printable(tensor->name),
+      return absl::FailedPreconditionError(absl::StrCat(file, ", tensor ", Printable(tensor.name),
                                                         ": the model has no tensor ",
-                                                        Printable(Classify(tensor->name)->target)));
+                                                        Printable(replacement->first)));
     }
   }
-  for (const auto& [module, pair] : pairs) {
+  for (const auto& [module, factors] : tensors.factors) {
     const std::string where = absl::StrCat(file, ", module ", Printable(module));
-    if (pair.a == nullptr || pair.b == nullptr) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(where, " has no ", pair.embedding ? "lora_embedding_" : "lora_",
-                       pair.a == nullptr ? "A" : "B", " factor"));
-    }
     const TensorInfo* target = Match(absl::StrCat(module, ".weight"), find);
     if (target == nullptr) {
       return absl::FailedPreconditionError(absl::StrCat(where, ": the model has no tensor ",
@@ -463,7 +367,7 @@ absl::StatusOr<std::shared_ptr<const LoraAdapter>> LoraAdapter::Open(
                                                         "; is this the adapter's base model?"));
     }
     absl::StatusOr<LowRank> low_rank =
-        Fit(*target, *pair.a, *pair.b, pair.embedding, config->fan_in_fan_out(),
+        Fit(*target, factors.a, factors.b, factors.embedding, config->fan_in_fan_out(),
             config->Rank(module), config->Scale(module));
     if (!low_rank.ok()) return Annotate(low_rank.status(), where);
     Change& change = adapter->changes_[target->name];

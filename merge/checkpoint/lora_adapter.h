@@ -1,12 +1,4 @@
-// LoraAdapter: a PEFT LoRA adapter, opened against the tensors of a model.
-//
-//   adapter_config.json           peft_type, r, lora_alpha, use_rslora, rank_pattern, ...
-//   adapter_model.safetensors, or adapter_model.bin of torch.save:
-//                                 base_model.model.MODULE.lora_A.weight [r, in], .lora_B.weight
-//                                 [out, r], .lora_embedding_A [r, tokens], .lora_embedding_B [dim,
-//                                 r], base_model.model.TENSOR: replaces the model's
-//                                 (modules_to_save, bias); MODULE.lora_B.bias [out] is added to
-//                                 the module's bias like the product of the factors
+// LoraAdapter: a PEFT LoRA adapter (its files: lora_file.h), opened against the tensors of a model.
 //
 // The adapted tensor is W + alpha / r * B A (alpha / sqrt(r) with use_rslora), transposed where W
 // is stored [in, out] (fan_in_fan_out, embeddings). A feature that changes this formula and is not
@@ -30,9 +22,6 @@
 
 namespace pewter {
 
-// The file of an adapter's weights: adapter_model.safetensors, else adapter_model.bin.
-absl::StatusOr<TensorFile> ReadAdapterWeights(std::shared_ptr<ObjectStore> store);
-
 class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
  public:
   // `find` gives the model's tensors (null when there is no such tensor). `name` is for messages.
@@ -40,7 +29,8 @@ class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
       std::shared_ptr<ObjectStore> store, std::string name,
       absl::FunctionRef<const TensorInfo*(absl::string_view)> find);
 
-  const InputFile& file() const { return file_; }
+  const InputFile& config_file() const { return config_file_; }
+  const InputFile& file() const { return file_; }  // of the weights
   const std::vector<std::string>& warnings() const { return warnings_; }
   bool Changes(absl::string_view tensor) const { return changes_.contains(tensor); }
   // A view of `stored`, which is the model's tensor that Changes() is true for. `file` is the index
@@ -74,7 +64,7 @@ class LoraAdapter : public std::enable_shared_from_this<LoraAdapter> {
   LoraAdapter() = default;
 
   std::string name_;
-  InputFile file_;
+  InputFile config_file_, file_;
   std::vector<std::string> warnings_;
   absl::flat_hash_map<std::string, Change> changes_;  // by the model's tensor
   std::shared_ptr<Factors> factors_;

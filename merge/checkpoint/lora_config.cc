@@ -149,6 +149,12 @@ int64_t LoraConfig::Rank(absl::string_view module) const {
   return static_cast<int64_t>(FirstMatch(rank_patterns_, module, static_cast<double>(rank_)));
 }
 
+int64_t LoraConfig::largest_rank() const {
+  double largest = static_cast<double>(rank_);
+  for (const Pattern& pattern : rank_patterns_) largest = std::max(largest, pattern.value);
+  return static_cast<int64_t>(largest);
+}
+
 float LoraConfig::Scale(absl::string_view module) const {
   const double alpha = FirstMatch(alpha_patterns_, module, alpha_);
   const double rank = static_cast<double>(Rank(module));

@@ -26,6 +26,8 @@ class LoraConfig {
   static absl::StatusOr<LoraConfig> Parse(absl::string_view json);
 
   int64_t Rank(absl::string_view module) const;
+  // Of all that it speaks of, whether there is such a module or not.
+  int64_t largest_rank() const;
   // What B A is multiplied with.
   float Scale(absl::string_view module) const;
   // The weights of linear modules are stored [in, out].

@@ -25,11 +25,11 @@ std::string AdapterConfigJson(const AdapterDescription& adapter) {
   for (const std::string& module : adapter.other_modules) {
     ambiguous.insert(std::string(LastPart(module)));
   }
-  std::set<std::string> targets;
+  std::set<std::string> targets = adapter.target_modules;
   std::map<int64_t, int64_t> modules_of_rank;
   for (const auto& [module, rank] : adapter.ranks) {
     const std::string last(LastPart(module));
-    targets.insert(ambiguous.contains(last) ? module : last);
+    if (adapter.target_modules.empty()) targets.insert(ambiguous.contains(last) ? module : last);
     ++modules_of_rank[rank];
   }
   const int64_t rank = modules_of_rank.empty() ? 1 : modules_of_rank.rbegin()->first;
@@ -56,7 +56,7 @@ std::string AdapterConfigJson(const AdapterDescription& adapter) {
       {"lora_dropout", 0.0},
       {"use_rslora", false},
       {"use_dora", false},
-      {"bias", "none"},
+      {"bias", adapter.saved_biases},
       {"lora_bias", adapter.bias},
       {"fan_in_fan_out", adapter.fan_in_fan_out},
       {"target_modules", targets},

@@ -27,12 +27,15 @@ struct AdapterDescription {
   std::set<std::string> modules_to_save;  // last parts of names
   // Modules that end like one of `ranks` and have no factors, which a short name would reach too.
   std::set<std::string> other_modules;
+  // What is written for the modules of `ranks`, when that is known; empty: found from those.
+  std::set<std::string> target_modules;
   bool fan_in_fan_out = false;
-  bool bias = false;  // factors B have a bias
+  bool bias = false;                  // factors B have a bias
+  std::string saved_biases = "none";  // biases of the model that are saved whole: all, lora_only
 };
 
 // r is the largest rank, with rank_pattern and alpha_pattern for modules that differ; a name in
-// target_modules is short where that means the same modules.
+// target_modules is short where that means the same modules, as far as it is found here.
 std::string AdapterConfigJson(const AdapterDescription& adapter);
 
 // From config.json's architectures: "LlamaForCausalLM" is CAUSAL_LM. Empty when it does not say.

@@ -345,14 +345,19 @@ absl::Status AddModelFiles(int donor, int tokenizer_donor, const Architecture& a
                                      : absl::OkStatus();
 }
 
-void AddModelCard(const ModelCard& model_card, Plan& plan) {
-  std::string text = model_card.recipe;
+std::string RecipeFileText(absl::string_view recipe,
+                           absl::Span<const std::pair<std::string, std::string>> overrides) {
+  std::string text(recipe);
   if (!text.empty() && text.back() != '\n') text += '\n';
-  for (const auto& [key, value] : model_card.overrides) {
+  for (const auto& [key, value] : overrides) {
     absl::StrAppend(&text, "# set on the command line: ", key, "=",
                     absl::StrReplaceAll(value, {{"\n", " "}, {"\r", " "}}), "\n");
   }
+  return text;
+}
 
+void AddModelCard(const ModelCard& model_card, Plan& plan) {
+  std::string text = RecipeFileText(model_card.recipe, model_card.overrides);
   std::string card = "---\n";
   std::vector<std::string> ids;
   for (int model : model_card.models) {

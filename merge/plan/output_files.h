@@ -55,4 +55,8 @@ struct ModelCard {
 };
 void AddModelCard(const ModelCard& card, Plan& plan);
 
+// A recipe as it is written beside the output: what was set on the command line stands in comments.
+std::string RecipeFileText(absl::string_view recipe,
+                           absl::Span<const std::pair<std::string, std::string>> overrides);
+
 }  // namespace pewter

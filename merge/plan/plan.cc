@@ -1,7 +1,6 @@
 #include "merge/plan/plan.h"
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 #include <utility>
 
@@ -13,6 +12,8 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "merge/methods/adapter_method.h"
+#include "merge/plan/adapter_merge.h"
 #include "merge/plan/chat_template.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/output_files.h"
@@ -77,6 +78,12 @@ class Planner {
     RETURN_IF_ERROR(ResolveOptions(plan_.options));
     auto method = FindMethod(recipe_.merge_method);
     if (!method.ok()) {
+      if (FindAdapterMethod(recipe_.merge_method).ok()) {
+        return RecipeAt(recipe_.merge_method_at,
+                        absl::StrCat("merge method \"", recipe_.merge_method,
+                                     "\" merges adapters and gives one: it needs `output: {format: "
+                                     "lora}`"));
+      }
       return Annotate(method.status(), recipe_.merge_method_at.ToString());
     }
     method_ = *method;
@@ -572,21 +579,6 @@ class Planner {
     return AddTensor(std::move(tensor));
   }
 
-  static absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b) {
-    constexpr int64_t kChunk = int64_t{1} << 17;
-    const int64_t width = ByteWidth(a.dtype());
-    const int64_t elements = a.shape().elements();
-    std::vector<std::byte> from_a(std::min(kChunk, elements) * width);
-    std::vector<std::byte> from_b(from_a.size());
-    for (int64_t first = 0; first < elements; first += kChunk) {
-      const int64_t count = std::min(kChunk, elements - first);
-      RETURN_IF_ERROR(a.Read(first, count, {from_a.data(), size_t(count * width)}, nullptr));
-      RETURN_IF_ERROR(b.Read(first, count, {from_b.data(), size_t(count * width)}, nullptr));
-      if (std::memcmp(from_a.data(), from_b.data(), count * width) != 0) return false;
-    }
-    return true;
-  }
-
   absl::Status PlanMerged(const ArchTensor& output, const std::vector<ArchTensor>& inputs,
                           const std::vector<Operand>& operands, const Slice& slice,
                           const LayerPlace& at, PlanTensor tensor) {
@@ -991,12 +983,21 @@ void AddStageWarnings(const PlanStage& stage, std::vector<std::string>& warnings
 }  // namespace
 
 absl::StatusOr<Plan> MakePlan(const Recipe& recipe, const PlanOptions& options) {
+  if (recipe.output_format == OutputFormat::kLora && recipe.stages.empty()) {
+    return MakeAdapterMergePlan(recipe, options);
+  }
   std::vector<PlanStage> stages;
   absl::flat_hash_set<std::string> used;
   // The output may be asked to have no tokenizer; what is made from a stage may need it.
   PlanOptions stage_options = options;
   stage_options.copy_tokenizer = true;
   for (const Recipe& stage : recipe.stages) {
+    if (stage.output_format == OutputFormat::kLora || recipe.output_format == OutputFormat::kLora) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          (stage.output_format == OutputFormat::kLora ? stage : recipe).output_format_at.ToString(),
+          ": adapters are merged by a recipe of one document: neither are they made in stages, nor "
+          "are stages merged to one"));
+    }
     auto plan = Planner(stage, stage_options, stages).Make();
     if (!plan.ok()) {
       return HasPosition(plan.status().message())

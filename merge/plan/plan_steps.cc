@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -88,6 +89,21 @@ absl::Status CheckStrict(const Plan& plan) {
   if (!plan.options.strict || plan.warnings.empty()) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan.warnings, "; ")));
+}
+
+absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b) {
+  constexpr int64_t kChunk = int64_t{1} << 17;
+  const int64_t width = ByteWidth(a.dtype());
+  const int64_t elements = a.shape().elements();
+  std::vector<std::byte> from_a(std::min(kChunk, elements) * width);
+  std::vector<std::byte> from_b(from_a.size());
+  for (int64_t first = 0; first < elements; first += kChunk) {
+    const int64_t count = std::min(kChunk, elements - first);
+    RETURN_IF_ERROR(a.Read(first, count, {from_a.data(), size_t(count * width)}, nullptr));
+    RETURN_IF_ERROR(b.Read(first, count, {from_b.data(), size_t(count * width)}, nullptr));
+    if (std::memcmp(from_a.data(), from_b.data(), count * width) != 0) return false;
+  }
+  return true;
 }
 
 }  // namespace pewter

@@ -20,4 +20,7 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
 // InvalidArgument when there are warnings and options.strict.
 absl::Status CheckStrict(const Plan& plan);
 
+// Whether two tensors of one dtype and shape hold the same bytes. Reads them.
+absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b);
+
 }  // namespace pewter

@@ -18,6 +18,8 @@
 namespace pewter {
 namespace {
 
+constexpr const char* kLater = "is not supported by this version of Pewter";
+
 // Larger than any alignment that hardware asks for.
 constexpr int64_t kMaxPadding = int64_t{1} << 20;
 // The work for a row grows with the square.
@@ -28,7 +30,6 @@ class RecipeReader : private YamlReader {
   explicit RecipeReader(Recipe& recipe) : YamlReader(recipe.warnings), recipe_(recipe) {}
 
   absl::Status Read(const YamlNode& root) {
-    constexpr const char* kLater = "is not supported by this version of Pewter";
     static constexpr Key kKeys[] = {
         {"name"},
         {"merge_method"},
@@ -46,9 +47,7 @@ class RecipeReader : private YamlReader {
         {"calibration", kLater},
         {"statistics", kLater},
         {"evaluate", kLater},
-        {"output",
-         "is not supported by this version of Pewter; shard size is an option of the "
-         "command (--shard-size)"},
+        {"output"},
         {"arithmetic", kLater},
     };
     if (root.kind != Kind::kMapping) {
@@ -70,6 +69,7 @@ class RecipeReader : private YamlReader {
     recipe_.merge_method_at = method->at;
     RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
     RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
+    RETURN_IF_ERROR(ReadOutput(root));
     RETURN_IF_ERROR(ReadTokenizer(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
       ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
@@ -169,6 +169,31 @@ class RecipeReader : private YamlReader {
     for (const YamlNode::Entry& entry : parameters->entries) {
       ASSIGN_OR_RETURN(scope[entry.key->text], ReadSetting(*entry.value, entry.key->text));
     }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadOutput(const YamlNode& root) {
+    static constexpr Key kKeys[] = {
+        {"format"},
+        {"shard_size",
+         "is not supported by this version of Pewter; it is an option of the command "
+         "(--shard-size)"},
+        {"compression", kLater},
+        {"report", kLater},
+    };
+    const YamlNode* output = root.Find("output");
+    if (IsNull(output)) return absl::OkStatus();
+    if (output->kind != Kind::kMapping)
+      return Expected(*output, "`output`", "a mapping with `format`");
+    RETURN_IF_ERROR(CheckKeys(*output, "`output`", kKeys));
+    const YamlNode* format = output->Find("format");
+    if (IsNull(format)) return absl::OkStatus();
+    recipe_.output_format_at = format->at;
+    if (format->kind == Kind::kScalar && format->text == "safetensors") return absl::OkStatus();
+    if (format->kind != Kind::kScalar || format->text != "lora") {
+      return Expected(*format, "`format`", "safetensors (a model) or lora (an adapter)");
+    }
+    recipe_.output_format = OutputFormat::kLora;
     return absl::OkStatus();
   }
 

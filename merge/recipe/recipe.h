@@ -149,6 +149,12 @@ struct RecipeTokenizer {
   TextPosition at;
 };
 
+// What the output is.
+enum class OutputFormat {
+  kModel,
+  kLora,  // an adapter in PEFT's layout; the inputs are adapters
+};
+
 struct Recipe {
   std::string text;                                            // verbatim; a stage's own document
   std::vector<std::pair<std::string, std::string>> overrides;  // applied to it
@@ -165,6 +171,8 @@ struct Recipe {
   std::optional<ModelRef> base_model;
   std::optional<DType> dtype;
   std::optional<DType> out_dtype;
+  OutputFormat output_format = OutputFormat::kModel;
+  TextPosition output_format_at;
   ParamScope parameters;
   std::optional<RecipeTokenizer> tokenizer;
   std::optional<std::string> chat_template;  // "auto", a known name, or Jinja

@@ -355,6 +355,14 @@ TEST_P(LinearAlgebraTest, QrOfEveryShape) {
     EXPECT_LE(OrthonormalityError(q), 1e-12) << rows << " " << columns;
     EXPECT_LE(Distance(Times(q, upper), m), 1e-13 * Norm(m)) << rows << " " << columns;
   }
+  // More rows than a matrix may have that is decomposed otherwise.
+  {
+    const Dense m = Random(kMaxExtent + 7, 3, 6);
+    OnDevice a(backend(), m), r(backend(), Dense(3, 3));
+    ASSERT_TRUE(algebra().QrFactor(a.view(), r.view()).ok());
+    EXPECT_LE(OrthonormalityError(a.Fetch()), 1e-12);
+    EXPECT_LE(Distance(Times(a.Fetch(), r.Fetch()), m), 1e-13 * Norm(m));
+  }
   // Dependent columns, and none but zero: q stays orthonormal.
   for (const Dense& m : {Times(Random(20, 2, 1), Random(2, 6, 2)), Dense(20, 6)}) {
     OnDevice a(backend(), m), r(backend(), Dense(6, 6));
@@ -405,6 +413,7 @@ TEST_P(LinearAlgebraTest, RefusesWhatIsNotFiniteOrDoesNotFit) {
   const Matrix huge = {nullptr, kMaxExtent + 1, kMaxExtent + 1, kMaxExtent + 1};
   EXPECT_EQ(code(algebra().SymmetricEigen({{huge, &values}})),
             absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(code(algebra().QrFactor(huge, huge)), absl::StatusCode::kResourceExhausted);
 }
 
 TEST_P(LinearAlgebraTest, LowRankFactorsAreTheBestOfTheirRank) {

@@ -403,7 +403,11 @@ INSTANTIATE_TEST_SUITE_P(
         Refused{"merge_method: linear\nmodels: [{model: a}]\narithmetic: dtype\n", "recipe:3:1",
                 "`arithmetic` is not supported"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: {shard_size: 5GB}\n",
-                "recipe:3:1", "`output` is not supported"},
+                "recipe:3:10", "`shard_size` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: {format: gguf}\n",
+                "recipe:3:18", "safetensors (a model) or lora (an adapter)"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: lora\n", "recipe:3:9",
+                "a mapping with `format`"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\n...\nmerge_method: linear\n",
                 "recipe:4:1", "second document"},
         Refused{"merge_method: [\n", "recipe:2:1", "not YAML"},
@@ -468,6 +472,21 @@ TEST(RecipeTest, Overrides) {
   fails("merge_method.x", "1", "inside");
   fails("dtype", "[", "not YAML");
   fails("dtype", "7", "bfloat16");
+}
+
+TEST(RecipeOutput, IsAModelUnlessItSaysLora) {
+  const std::string recipe = "merge_method: cat\nmodels: [{model: a}]\n";
+  for (const auto& [more, format] : std::vector<std::pair<std::string, OutputFormat>>{
+           {"", OutputFormat::kModel},
+           {"output:\n", OutputFormat::kModel},
+           {"output: {}\n", OutputFormat::kModel},
+           {"output: {format: safetensors}\n", OutputFormat::kModel},
+           {"output: {format: lora}\n", OutputFormat::kLora}}) {
+    const auto parsed = ParseRecipe(recipe + more);
+    ASSERT_THAT(parsed, IsOk()) << more;
+    EXPECT_EQ(parsed->output_format, format) << more;
+    EXPECT_THAT(parsed->warnings, IsEmpty()) << more;
+  }
 }
 
 // Two stages of which the second is made from the first, then the output.

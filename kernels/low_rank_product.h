@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace pewter {
+namespace pewter::kernels {
 
 class LowRankProduct {
  public:
@@ -46,4 +46,4 @@ class LowRankProduct {
   float scale_;
 };
 
-}  // namespace pewter
+}  // namespace pewter::kernels

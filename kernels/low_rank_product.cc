@@ -1,10 +1,10 @@
-#include "merge/checkpoint/low_rank_product.h"
+#include "kernels/low_rank_product.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-namespace pewter {
+namespace pewter::kernels {
 namespace {
 
 template <int kLanes>
@@ -125,4 +125,4 @@ void LowRankProduct::Compute(int64_t first, int64_t count, float* out) const {
   }
 }
 
-}  // namespace pewter
+}  // namespace pewter::kernels
