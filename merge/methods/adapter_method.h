@@ -82,8 +82,9 @@ absl::StatusOr<const AdapterMethod*> FindAdapterMethod(absl::string_view name);
 // The names of all methods, of models and of adapters, sorted.
 std::vector<std::string> MethodNames();
 
-// Of what the method makes of the module's inputs, before it is cut to a rank.
-int64_t LargestRank(const AdapterMethod& method, const AdapterModule& module);
+// Of what a method that decomposes makes of the module's inputs, before it is cut to a rank.
+// FailedPrecondition when that is too large to be decomposed.
+absl::StatusOr<int64_t> LargestRank(const AdapterMethod& method, const AdapterModule& module);
 
 // What the module's inputs add to a bias of `elements`: operand i is the bias of input i.
 std::shared_ptr<const TensorTask> MakeBiasTask(const AdapterMethod& method,

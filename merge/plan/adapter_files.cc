@@ -69,6 +69,13 @@ std::string AdapterConfigJson(const AdapterDescription& adapter) {
   return config.dump(2, ' ', false, ordered_json::error_handler_t::replace) + "\n";
 }
 
+void WarnOfPeft(const AdapterDescription& adapter, std::vector<std::string>& warnings) {
+  if (!adapter.bias || !adapter.embeddings) return;
+  warnings.push_back(
+      "the adapter has factors of embeddings and biases of B (lora_bias), which PEFT does not load "
+      "together; Pewter does: BASE+ADAPTER");
+}
+
 std::string TaskTypeOf(absl::string_view config_json) {
   const ordered_json config = ordered_json::parse(config_json.begin(), config_json.end(), nullptr,
                                                   /*allow_exceptions=*/false);

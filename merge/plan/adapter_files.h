@@ -31,12 +31,16 @@ struct AdapterDescription {
   std::set<std::string> target_modules;
   bool fan_in_fan_out = false;
   bool bias = false;                  // factors B have a bias
+  bool embeddings = false;            // some modules are embeddings
   std::string saved_biases = "none";  // biases of the model that are saved whole: all, lora_only
 };
 
 // r is the largest rank, with rank_pattern and alpha_pattern for modules that differ; a name in
 // target_modules is short where that means the same modules, as far as it is found here.
 std::string AdapterConfigJson(const AdapterDescription& adapter);
+
+// Warns of what PEFT does not load.
+void WarnOfPeft(const AdapterDescription& adapter, std::vector<std::string>& warnings);
 
 // From config.json's architectures: "LlamaForCausalLM" is CAUSAL_LM. Empty when it does not say.
 std::string TaskTypeOf(absl::string_view config_json);

@@ -400,9 +400,14 @@ class AdapterMerge {
     }
     const ParamValue* const asked = resolved.Find("svd_rank");
     const int64_t rank = asked == nullptr ? largest_rank_ : std::get<int64_t>(*asked);
-    const int64_t most = LargestRank(*method_, resolved);
+    const absl::StatusOr<int64_t> largest = LargestRank(*method_, resolved);
+    if (!largest.ok()) {
+      return Annotate(largest.status(), absl::StrCat("module ", Printable(module)));
+    }
+    const int64_t most = *largest;
     if (rank > most) {
-      notes.push_back(absl::StrCat("rank ", most, " instead of ", rank, ": it has no more"));
+      notes.push_back(
+          absl::StrCat("rank ", most, " instead of ", rank, ": there is no more in it"));
     }
     return std::min(rank, most);
   }
@@ -453,6 +458,7 @@ class AdapterMerge {
     tensor.params["rank"] = resolved.rank;
     tensor.task = method_->factors(*method_, resolved);
     output_.ranks[module] = resolved.rank;
+    output_.embeddings |= first.embedding;
     if (owners.size() < adapters_.size()) partly_.push_back(module);
     plan_.tensors.push_back(std::move(tensor));
     return absl::OkStatus();
@@ -555,6 +561,7 @@ class AdapterMerge {
       plan_.warnings.push_back(
           absl::StrCat(doubles_, " tensors are float64; adapters are merged as float32"));
     }
+    WarnOfPeft(output_, plan_.warnings);
   }
 
   void AddFiles() {

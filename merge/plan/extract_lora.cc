@@ -494,6 +494,7 @@ class Extraction {
         continue;
       }
       adapter_.ranks[module.name] = module.rank;
+      adapter_.embeddings |= module.embedding;
       PlanTensor tensor;
       tensor.name = absl::StrCat(kPeftPrefix, module.name);
       tensor.dtype = tensor.result_dtype = extract_.dtype;
@@ -625,6 +626,7 @@ class Extraction {
     warn(changed_biases_,
          "biases differ from the base's and become those of B (lora_bias: true), which older "
          "readers of adapters do not know");
+    WarnOfPeft(adapter_, plan_.warnings);
     for (size_t i = 0; i < rank_of_.size(); ++i) {
       if (rank_of_used_[i]) continue;
       plan_.warnings.push_back(

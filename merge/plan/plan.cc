@@ -13,6 +13,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "merge/methods/adapter_method.h"
+#include "merge/plan/adapter_files.h"
 #include "merge/plan/adapter_merge.h"
 #include "merge/plan/chat_template.h"
 #include "merge/plan/layout.h"
@@ -129,6 +130,13 @@ class Planner {
                        (*checkpoint)->files().end());
     for (const std::string& warning : (*checkpoint)->warnings()) {
       plan_.warnings.push_back(absl::StrCat("model ", name, ": ", warning));
+    }
+    if ((*checkpoint)->raw() && !plan_.options.name_by_name &&
+        (*checkpoint)->store().Stat(kAdapterConfigFile).ok()) {
+      plan_.warnings.push_back(absl::StrCat(
+          "model ", name,
+          " is an adapter, whose factors mean nothing by themselves: `output: {format: lora}` "
+          "merges adapters, BASE+ADAPTER is a model"));
     }
     return absl::OkStatus();
   }

@@ -30,6 +30,22 @@ TEST(MethodReportTest, ExamplesAreRecipes) {
   }
 }
 
+TEST(MethodReportTest, ExamplesOfAdaptersAreRecipes) {
+  for (const AdapterMethod* adapter : AdapterMethods()) {
+    const std::string example = ExampleRecipe(*adapter);
+    const auto recipe = ParseRecipe(example);
+    ASSERT_TRUE(recipe.ok()) << recipe.status() << "\n" << example;
+    EXPECT_EQ(recipe->merge_method, adapter->method.name);
+    EXPECT_EQ(recipe->output_format, OutputFormat::kLora);
+    EXPECT_THAT(recipe->warnings, testing::IsEmpty()) << example;
+    EXPECT_THAT(MethodToText(*adapter), HasSubstr("LoRA adapters"));
+    for (const Param& param : adapter->method.params) {
+      EXPECT_THAT(MethodToText(*adapter), HasSubstr(param.name));
+    }
+    EXPECT_EQ(MethodToJson(*adapter)["output_format"], "lora");
+  }
+}
+
 TEST(MethodReportTest, TheManualIsUpToDate) {
   const std::string file = PEWTER_SOURCE_DIR "/docs/methods.md";
   std::ifstream stream(file);
@@ -56,6 +72,11 @@ TEST(RecipeSchemaTest, KeysAreOnesOfTheParser) {
   for (const MergeMethod* method : Methods()) {
     const Json& own = schema["definitions"][method->name]["properties"];
     EXPECT_EQ(own.size(), method->params.size()) << method->name;
+  }
+  for (const AdapterMethod* adapter : AdapterMethods()) {
+    const Json& own =
+        schema["definitions"][absl::StrCat("adapter_", adapter->method.name)]["properties"];
+    EXPECT_EQ(own.size(), adapter->method.params.size()) << adapter->method.name;
   }
 }
 

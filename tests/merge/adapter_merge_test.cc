@@ -492,6 +492,7 @@ TEST_F(AdapterMerge, TheOutputIsAnAdapterThatPewterReads) {
                    : method == std::string("svd") ? "{svd_rank: 50}"
                                                   : "{svd_rank: 50, density: 1}"));
     EXPECT_EQ(config_["lora_bias"], true);
+    EXPECT_THAT(plan_.warnings, ElementsAre(HasSubstr("which PEFT does not load together")));
     EXPECT_THAT(config_["target_modules"], UnorderedElementsAre("q_proj", "embed_tokens", "conv"));
     for (const auto& [name, values] : applied("out")) {
       SCOPED_TRACE(name);
@@ -659,6 +660,36 @@ TEST_F(AdapterMerge, WhatDoesNotGoTogetherIsRefusedWhilePlanning) {
   ASSERT_THAT(plan, IsOk());
   EXPECT_THAT(plan->warnings, UnorderedElementsAre(HasSubstr("svd_full_matrices"),
                                                    HasSubstr("`lambda` is ignored")));
+}
+
+TEST_F(AdapterMerge, WhatIsTooLargeToBeDecomposedIsRefusedWhilePlanning) {
+  Write("a", Config(1, 1), Factors("head", 33'000, 33'000, 1, 1));
+  const std::vector<std::string> models = {"a: {weight: 1}"};
+  options_.memory_bytes = int64_t{1} << 40;
+  EXPECT_THAT(PlanOf(RecipeOf("ties_svd", models, "{density: 0.5}")),
+              StatusIs(kFailed, AllOf(HasSubstr("head"), HasSubstr("too large"))));
+  // By its factors it is small.
+  options_.memory_bytes = int64_t{64} << 20;
+  const Tensors merged = Merge(RecipeOf("svd", models));
+  const auto of = [](const Tensors& tensors, const char* factor) {
+    return tensors.at(absl::StrCat(kPrefix, "head.lora_", factor, ".weight")).values;
+  };
+  const Tensors before = ReadTensors(folder_ / "a/adapter_model.safetensors");
+  for (const int64_t i : {0, 7, 32'999}) {
+    EXPECT_NEAR(of(merged, "B")[i] * of(merged, "A")[i], of(before, "B")[i] * of(before, "A")[i],
+                1e-5);
+  }
+}
+
+// Adapters that are merged like models, for want of the setting.
+TEST_F(AdapterMerge, FactorsMergedNameByNameAreWarnedOf) {
+  Write("a", Config(4, 4), Factors(kQ, 8, 6, 4, 1));
+  Write("b", Config(4, 4), Factors(kQ, 8, 6, 4, 3));
+  const auto plan = PlanOf(absl::StrCat(
+      "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: ", folder_ / "a",
+      "}, {model: ", folder_ / "b", "}]\n"));
+  ASSERT_THAT(plan, IsOk());
+  EXPECT_THAT(plan->warnings, Contains(HasSubstr("`output: {format: lora}` merges adapters")));
 }
 
 TEST_F(AdapterMerge, KeysThatMeanNothingForAdaptersAreRefused) {

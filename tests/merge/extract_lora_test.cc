@@ -334,6 +334,11 @@ TEST_F(ExtractLora, BiasesThatChangeAreAdded) {
   EXPECT_EQ(Distance(tuned_[5]), 0);
   EXPECT_THAT(Names(), Contains(absl::StrCat("base_model.model.", kQ, ".lora_B.bias")));
   EXPECT_THAT(Names(), Not(Contains(absl::StrCat("base_model.model.", kDown, ".lora_B.bias"))));
+  EXPECT_THAT(plan_.warnings, Not(Contains(HasSubstr("PEFT does not load"))));
+  extract_.embed_lora = true;
+  const auto plan = MakeOne();
+  ASSERT_THAT(plan, IsOk());
+  EXPECT_THAT(plan->warnings, Contains(HasSubstr("PEFT does not load")));
 }
 
 TEST_F(ExtractLora, WeightsStoredInOut) {

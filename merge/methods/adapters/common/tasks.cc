@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "kernels/linear_algebra.h"
 #include "kernels/low_rank_product.h"
@@ -484,10 +485,23 @@ std::vector<Param> WithSvdParams(std::vector<Param> params) {
 
 namespace pewter {
 
-int64_t LargestRank(const AdapterMethod& method, const AdapterModule& module) {
+absl::StatusOr<int64_t> LargestRank(const AdapterMethod& method, const AdapterModule& module) {
+  using kernels::kMaxExtent;
   const int64_t shorter = std::min(module.out, module.in);
-  return adapters::IsSum(method, module) ? std::min(shorter, adapters::SumOfRanks(module))
-                                         : shorter;
+  if (!adapters::IsSum(method, module)) {
+    if (shorter <= kMaxExtent) return shorter;
+    return absl::FailedPreconditionError(absl::StrCat(
+        "a product of ", module.out, " x ", module.in, " is too large to be decomposed (",
+        kMaxExtent, " by the shorter side); svd and cat merge it by its factors"));
+  }
+  const int64_t ranks = adapters::SumOfRanks(module);
+  if (ranks > kMaxExtent || std::max(module.out, module.in) > kMaxExtent * kMaxExtent / ranks) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("factors of ", module.out, " x ", module.in, " whose ranks sum to ", ranks,
+                     " are too large to be decomposed (", kMaxExtent,
+                     " by the sum of the ranks); cat merges them"));
+  }
+  return std::min(shorter, ranks);
 }
 
 std::shared_ptr<const TensorTask> MakeBiasTask(const AdapterMethod& method,
