@@ -32,8 +32,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kNamesShown = 5;
-
 // What adapter_config.json says besides the arithmetic. Whatever has an unusual type is left out.
 struct Settings {
   std::string base_model;
@@ -95,12 +93,6 @@ int64_t LayerOf(absl::string_view module) {
     }
   }
   return -1;
-}
-
-std::string Listed(const std::vector<std::string>& names) {
-  if (names.size() <= kNamesShown) return absl::StrJoin(names, ", ");
-  return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + kNamesShown, ", "), " and ",
-                      names.size() - kNamesShown, " more");
 }
 
 class AdapterMerge {

@@ -16,7 +16,6 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
@@ -33,8 +32,6 @@ namespace pewter {
 namespace {
 
 using Regexes = std::vector<std::unique_ptr<re2::RE2>>;
-
-constexpr size_t kNamesShown = 5;
 
 absl::StatusOr<std::unique_ptr<re2::RE2>> Compile(absl::string_view option,
                                                   const std::string& text) {
@@ -606,12 +603,6 @@ class Extraction {
     plan_.read_bytes += info.bytes + of_base->bytes;
     plan_.tensors.push_back(std::move(difference));
     return absl::OkStatus();
-  }
-
-  static std::string Listed(const std::vector<std::string>& names) {
-    if (names.size() <= kNamesShown) return absl::StrJoin(names, ", ");
-    return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + kNamesShown, ", "), " and ",
-                        names.size() - kNamesShown, " more");
   }
 
   void Warn() {

@@ -27,15 +27,6 @@
 namespace pewter {
 namespace {
 
-constexpr size_t kNamesShown = 5;
-
-// Sorted names, shortened for a message.
-std::string Listed(const std::vector<std::string>& names) {
-  if (names.size() <= kNamesShown) return absl::StrJoin(names, ", ");
-  return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + kNamesShown, ", "), " and ",
-                      names.size() - kNamesShown, " more");
-}
-
 // A source of a slice with its model opened and its layers known.
 struct Source {
   int model = 0;

@@ -91,6 +91,13 @@ absl::Status CheckStrict(const Plan& plan) {
       absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan.warnings, "; ")));
 }
 
+std::string Listed(const std::vector<std::string>& names) {
+  constexpr size_t kNamesShown = 5;
+  if (names.size() <= kNamesShown) return absl::StrJoin(names, ", ");
+  return absl::StrCat(absl::StrJoin(names.begin(), names.begin() + kNamesShown, ", "), " and ",
+                      names.size() - kNamesShown, " more");
+}
+
 absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b) {
   constexpr int64_t kChunk = int64_t{1} << 17;
   const int64_t width = ByteWidth(a.dtype());

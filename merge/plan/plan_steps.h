@@ -20,6 +20,9 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
 // InvalidArgument when there are warnings and options.strict.
 absl::Status CheckStrict(const Plan& plan);
 
+// Names, shortened for a message.
+std::string Listed(const std::vector<std::string>& names);
+
 // Whether two tensors of one dtype and shape hold the same bytes. Reads them.
 absl::StatusOr<bool> EqualBytes(const TensorSource& a, const TensorSource& b);
 
