@@ -1,6 +1,7 @@
 // pewter methods: the table of methods, or one of them in full.
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -20,6 +21,7 @@ namespace {
 
 struct Arguments {
   std::string name;
+  bool adapters = false;
   bool markdown = false;
   bool schema = false;
 };
@@ -52,6 +54,34 @@ absl::StatusOr<int> Explain(const std::string& name, Output& out) {
   return kExitDone;
 }
 
+const MergeMethod& Common(const MergeMethod& method) { return method; }
+const MergeMethod& Common(const AdapterMethod& method) { return method.method; }
+
+template <class Method>
+void List(absl::Span<const Method* const> methods, Output& out) {
+  constexpr bool kAdapters = std::is_same_v<Method, AdapterMethod>;
+  if (out.json()) {
+    Json json = Json::array();
+    for (const Method* method : methods) json.push_back(MethodToJson(*method));
+    out.Print(json);
+    return;
+  }
+  if (out.quiet()) {
+    for (const Method* method : methods) out.Text(absl::StrCat(Common(*method).name, "\n"));
+    return;
+  }
+  Table table({"METHOD", "BASE MODEL", "PARAMETERS", "SUMMARY"});
+  for (const Method* method : methods) {
+    const MergeMethod& common = Common(*method);
+    table.Add(
+        {common.name, kAdapters ? "-" : BaseName(common.base), Parameters(common), common.summary});
+  }
+  out.Text(absl::StrCat(table.ToString(), "\npewter methods NAME explains one",
+                        kAdapters ? ".\n"
+                                  : "; pewter methods --adapters lists those that merge LoRA "
+                                    "adapters into one.\n"));
+}
+
 absl::StatusOr<int> RunMethods(const Arguments& arguments, Output& out) {
   const std::string& name = arguments.name;
   if (arguments.markdown) {
@@ -63,25 +93,10 @@ absl::StatusOr<int> RunMethods(const Arguments& arguments, Output& out) {
     return kExitDone;
   }
   if (!name.empty()) return Explain(name, out);
-  if (out.json()) {
-    Json methods = Json::array();
-    for (const MergeMethod* method : Methods()) methods.push_back(MethodToJson(*method));
-    for (const AdapterMethod* adapter : AdapterMethods()) methods.push_back(MethodToJson(*adapter));
-    out.Print(methods);
-  } else if (out.quiet()) {
-    for (const std::string& one : MethodNames()) out.Text(absl::StrCat(one, "\n"));
+  if (arguments.adapters) {
+    List(AdapterMethods(), out);
   } else {
-    Table table({"METHOD", "BASE MODEL", "PARAMETERS", "SUMMARY"});
-    for (const MergeMethod* method : Methods()) {
-      table.Add({method->name, BaseName(method->base), Parameters(*method), method->summary});
-    }
-    Table adapters({"METHOD", "PARAMETERS", "SUMMARY"});
-    for (const AdapterMethod* adapter : AdapterMethods()) {
-      adapters.Add({adapter->method.name, Parameters(adapter->method), adapter->method.summary});
-    }
-    out.Text(absl::StrCat(table.ToString(),
-                          "\nOf LoRA adapters, with `output: {format: lora}`:\n\n",
-                          adapters.ToString(), "\npewter methods NAME explains one.\n"));
+    List(Methods(), out);
   }
   return kExitDone;
 }
@@ -92,11 +107,17 @@ CommandBody DeclareMethods(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   CLI::Option* name =
       app.add_option("name", arguments->name, "Method to explain")->type_name(kMethodType);
+  CLI::Option* adapters =
+      app.add_flag("--adapters", arguments->adapters,
+                   "List the methods that merge LoRA adapters (`output: {format: lora}`)")
+          ->excludes(name);
   CLI::Option* markdown =
       app.add_flag("--markdown", arguments->markdown, "Print docs/methods.md: all of them in full")
-          ->excludes(name);
+          ->excludes(name)
+          ->excludes(adapters);
   app.add_flag("--schema", arguments->schema, "Print a JSON Schema of recipes, for editors")
       ->excludes(name)
+      ->excludes(adapters)
       ->excludes(markdown);
   app.footer(
       "Examples:\n"

@@ -784,7 +784,7 @@ def test_completion(cli):
 
     (cli.folder / "recipe.yaml").touch()
     assert complete("pewter", "me") == ["merge", "methods"]
-    assert complete("pewter", "methods", "ti") == ["ties"]
+    assert complete("pewter", "methods", "ti") == ["ties", "ties_svd"]
     assert complete("pewter", "merge", "--over") == ["--overwrite"]
     assert complete("pewter", "merge", "rec") == ["recipe.yaml"]
     assert complete("pewter", "merge", "-o", "''") == ["text", "json"]

@@ -157,6 +157,36 @@ def test_the_plan_explains_modules(adapters):
     assert small.returncode != DONE and "raise --memory" in small.stderr
 
 
+@pytest.mark.parametrize(
+    "method",
+    json.loads(subprocess.run([PEWTER, "methods", "--adapters", "-o", "json"], capture_output=True, check=True).stdout),
+    ids=lambda method: method["name"],
+)
+def test_the_example_of_every_method_runs(tmp_path, method):
+    for name in ("lora-a", "lora-b"):
+        write_adapter(tmp_path / name, 4, 8, 3)
+    (tmp_path / "recipe.yml").write_text(method["example"])
+    done = subprocess.run([PEWTER, "merge", "recipe.yml", "out", "--strict", "-o", "json"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == DONE, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["method"], result["tensors"], result["warnings"]) == (method["name"], 2, [])
+
+
+def test_the_schema_knows_the_methods_of_adapters():
+    jsonschema = pytest.importorskip("jsonschema")
+    yaml = pytest.importorskip("yaml")
+    validator = jsonschema.Draft7Validator(json.loads(run("methods", "--schema").stdout))
+    for method in json.loads(run("methods", "--adapters", "-o", "json").stdout):
+        example = yaml.safe_load(method["example"])
+        validator.validate(example)
+        assert not validator.is_valid({**example, "parameters": {"lambda": 1}})
+    assert not validator.is_valid({**example, "output": {"format": "gguf"}})
+    assert not validator.is_valid({**example, "merge_method": "slerp"})
+    del example["output"]
+    assert example["merge_method"] == "ties_svd" and not validator.is_valid(example)
+
+
 def test_messages(adapters):
     unknown = run("plan", recipe(adapters, "slerp"))
     assert unknown.returncode == USAGE and "merges models, not adapters" in unknown.stderr
@@ -167,8 +197,10 @@ def test_messages(adapters):
     (adapters / "b/adapter_config.json").unlink()
     missing = run("plan", recipe(adapters, "cat"))
     assert missing.returncode == NOT_FOUND and "adapter_config.json" in missing.stderr
-    listed = run("methods").stdout
-    assert "magnitude_prune_svd" in listed
+    assert "--adapters" in run("methods").stdout
+    names = run("methods", "--adapters", "-q").stdout.split()
+    assert len(names) == 11 and "magnitude_prune_svd" in names
+    assert [method["name"] for method in json.loads(run("methods", "--adapters", "-o", "json").stdout)] == names
     both = json.loads(run("methods", "ties", "-o", "json").stdout)
     assert both["base_model"] == "required" and both["adapters"]["output_format"] == "lora"
     assert json.loads(run("methods", "cat", "-o", "json").stdout)["output_format"] == "lora"
