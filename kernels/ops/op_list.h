@@ -4,6 +4,7 @@
 #include <variant>
 
 #include "kernels/ops/combination.h"
+#include "kernels/ops/elected_mean.h"
 #include "kernels/ops/fusion.h"
 #include "kernels/ops/near_swap.h"
 #include "kernels/ops/overlap.h"
@@ -15,10 +16,10 @@
 namespace pewter::kernels {
 
 using MapOp = std::variant<WeightedSum, TaskVectorSum, NearSwap, OverlapMean, AxisCombination,
-                           SelectedMean, ImportantElements>;
+                           SelectedMean, ImportantElements, ElectedMean>;
 using ReduceOp = std::variant<DotNorms, Gram, DeltaAbsSums, OverlapCounts, SelectedSquares,
-                              CountVarying, Largest, ExpSums, SoftmaxDivergence>;
-using MagnitudeOp = std::variant<DeltaMagnitude, ModelVariance, Importance>;
+                              CountVarying, Largest, ExpSums, SoftmaxDivergence, ElectedSigns>;
+using MagnitudeOp = std::variant<DeltaMagnitude, ModelVariance, Importance, ScaledMagnitude>;
 
 // Elements of the rows that the views of an op must hold whole; 0: they need not.
 template <class Op>
@@ -37,6 +38,8 @@ AxisValues* AxisOf(Op& op) {
     return &op.axis;
   } else if constexpr (requires { op.importance; }) {
     return &op.importance.axis;
+  } else if constexpr (requires { op.task.axis; }) {
+    return &op.task.axis;
   } else {
     return nullptr;
   }

@@ -124,6 +124,21 @@ std::vector<MapOp> SampleMapOps() {
     for (int i = 0; i < count; ++i) op.weight[i] = 0.1 + 0.2 * i;
     ops.push_back(op);
   }
+  for (int count : {1, 2, 5}) {
+    for (bool elect : {false, true}) {
+      ElectedMean op;
+      op.count = count;
+      op.from_base = count != 2;
+      op.elect = elect;
+      op.disjoint = count != 1;
+      op.sign_of_zero = count == 5 ? -1 : 1;
+      for (int i = 0; i < count; ++i) {
+        op.threshold[i] = i == 1 ? 0 : 0.0625;
+        op.weight[i] = i == 3 ? 0 : 0.7 + 0.2 * i;
+      }
+      ops.push_back(op);
+    }
+  }
   return ops;
 }
 
@@ -186,6 +201,14 @@ class MapTest : public BackendTest {
         const AxisOp<ImportantElements> important(backend(), {.threshold = 0.04}, row, columns, 1,
                                                   first, size);
         CheckOp(inputs, out_dtype, offset, first, important.on_host, important.on_device);
+        const AxisOp<ElectedMean> elected(backend(),
+                                          {.count = 3,
+                                           .scaled = true,
+                                           .sign_of_zero = 1,
+                                           .threshold = {0.3, 0.3, 0},
+                                           .weight = {1, 0.5, -1}},
+                                          row, columns, 3, first, size);
+        CheckOp(inputs, out_dtype, offset, first, elected.on_host, elected.on_device);
       }
     }
   }
@@ -363,7 +386,12 @@ std::vector<ReduceOp> SampleReduceOps() {
   squares.task.count = 3;
   squares.task.select_all = false;
   squares.task.threshold = 0.003;
+  ElectedSigns signs;
+  signs.task.count = 3;
+  signs.task.from_base = true;
+  signs.task.threshold[1] = 0.0625;
   return {DotNorms{},
+          signs,
           sums,
           squares,
           CountVarying{{.count = 2}},

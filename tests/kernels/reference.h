@@ -296,4 +296,48 @@ T Evaluate(const ImportantElements& op, const std::vector<T>& x, int64_t index) 
   return importance >= static_cast<T>(op.threshold) ? x[1] : x[0];
 }
 
+// What is kept of each model's value.
+template <class T>
+std::vector<T> Kept(const ElectedMean& op, const std::vector<T>& x, int64_t index) {
+  std::vector<T> kept;
+  for (int t = 0; t < op.count; ++t) {
+    const T value = op.from_base ? x[1 + t] - x[0] : x[t];
+    const T least = static_cast<T>(op.threshold[t]);
+    bool stays = !(least > 0) || std::abs(value) >= least;
+    if (op.scaled) {
+      const T magnitude = std::abs(value) * Of<T>(op.axis, index, t);
+      stays = magnitude >= least && magnitude > 0;
+    }
+    kept.push_back(stays ? value : T{0});
+  }
+  return kept;
+}
+
+template <class T>
+T Evaluate(const ElectedMean& op, const std::vector<T>& x, int64_t index) {
+  const std::vector<T> kept = Kept(op, x, index);
+  T mass = kept[0], sum = 0;
+  for (size_t t = 1; t < kept.size(); ++t) mass += kept[t];
+  const double sign = mass > 0 ? 1 : mass < 0 ? -1 : mass == 0 ? op.sign_of_zero : 0;
+  int terms = 0;
+  for (size_t t = 0; t < kept.size(); ++t) {
+    const bool counts = kept[t] > 0   ? !op.elect || sign > 0
+                        : kept[t] < 0 ? !op.elect || sign < 0
+                                      : false;
+    const T term = counts ? kept[t] * static_cast<T>(op.weight[t]) : T{0};
+    sum += term;
+    terms += std::abs(term) > 0;
+  }
+  const T mean = sum / static_cast<T>(op.disjoint ? std::max(terms, 1) : op.count);
+  return op.from_base ? x[0] + mean : mean;
+}
+
+template <class T>
+std::vector<T> EvaluateTerms(const ElectedSigns& op, const std::vector<T>& x, int64_t index) {
+  const std::vector<T> kept = Kept(op.task, x, index);
+  T mass = kept[0];
+  for (size_t t = 1; t < kept.size(); ++t) mass += kept[t];
+  return {mass > 0 ? T{1} : mass < 0 ? T{-1} : T{0}};
+}
+
 }  // namespace pewter::kernels::reference
