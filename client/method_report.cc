@@ -29,6 +29,8 @@ const char* TypeName(ParamType type) {
       return "float";
     case ParamType::kString:
       return "string";
+    case ParamType::kPatterns:
+      return "patterns";
   }
   return "";
 }
@@ -88,6 +90,7 @@ std::string ExampleValue(const Param& param) {
     case ParamType::kBool:
       return "true";
     case ParamType::kString:
+    case ParamType::kPatterns:
       return param.choices.empty() ? "TEXT" : param.choices.front();
     case ParamType::kInt:
       return absl::StrFormat("%g", std::clamp(1.0, param.min, param.max));

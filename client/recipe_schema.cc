@@ -39,6 +39,7 @@ Json ScalarOf(const Param& param) {
       scalar["type"] = "number";
       break;
     case ParamType::kString:
+    case ParamType::kPatterns:
       scalar["type"] = "string";
       break;
   }

@@ -90,6 +90,7 @@ v1::ParamType ToParamType(ParamType type) {
     case ParamType::kFloat:
       return v1::PARAM_TYPE_FLOAT;
     case ParamType::kString:
+    case ParamType::kPatterns:
       return v1::PARAM_TYPE_STRING;
   }
   return v1::PARAM_TYPE_UNSPECIFIED;

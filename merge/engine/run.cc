@@ -117,6 +117,7 @@ class Run {
   absl::Status ReuseShard(int index, const ShardRecord& record);
   absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
   absl::Status MergeShards();
+  absl::Status MeasureTensors();
   absl::Status MergeShard(int index);
   absl::Status CheckInputsUnchanged();
   absl::Status Publish();
@@ -133,6 +134,7 @@ class Run {
   Sizing sizing_;
   std::atomic<int64_t> candidate_bytes_ = 0;
   std::unique_ptr<MemoryBudget> task_memory_;
+  std::vector<double> measured_;
   std::mutex mutex_;
   RunState state_;  // guarded by mutex_ while shards are merged
   int64_t shards_reused_ = 0;
@@ -230,11 +232,12 @@ absl::Status Run::MergeShard(int index) {
   TensorRun::Environment environment{
       .scheduler = *scheduler_,
       .buffers = *buffers_,
-      .writer = writer,
+      .writer = &writer,
       .candidate_bytes = candidate_bytes_,
       .tile_elements = sizing_.tile_elements,
       .seed = plan_.options.seed,
       .allow_nonfinite = options_.allow_nonfinite,
+      .measured = measured_,
       .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
   size_t next = 0;
   std::mutex order_mutex;  // guards `next`; held while a task waits for memory, so that they come
@@ -287,6 +290,52 @@ absl::Status Run::MergeShard(int index) {
   return SaveState();
 }
 
+absl::Status Run::MeasureTensors() {
+  if (plan_.measure == nullptr) return absl::OkStatus();
+  TensorRun::Environment environment{
+      .scheduler = *scheduler_,
+      .buffers = *buffers_,
+      .writer = nullptr,
+      .candidate_bytes = candidate_bytes_,
+      .tile_elements = sizing_.tile_elements,
+      .seed = plan_.options.seed,
+      .allow_nonfinite = options_.allow_nonfinite,
+      .measured = {},
+      .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+  std::vector<size_t> measured;
+  for (size_t i = 0; i < plan_.tensors.size(); ++i) {
+    if (plan_.tensors[i].measured) measured.push_back(i);
+  }
+  const std::unique_ptr<Measure> measure = plan_.measure();
+  while (!measure->done()) {
+    std::atomic<size_t> next{0};
+    std::mutex mutex;
+    absl::Status status;
+    const auto see = [&] {
+      for (size_t i = next++; i < measured.size(); i = next++) {
+        const PlanTensor& tensor = plan_.tensors[measured[i]];
+        const auto memory =
+            task_memory_->Acquire(tensor.task == nullptr ? 0 : tensor.task->bytes());
+        const absl::Status seen =
+            TensorRun(tensor, static_cast<int64_t>(measured[i]), environment).Measure(*measure);
+        if (seen.ok()) continue;
+        std::lock_guard lock(mutex);
+        if (status.ok()) status = seen;
+        next = measured.size();
+      }
+    };
+    {
+      std::vector<std::jthread> threads;
+      const size_t wanted = std::max(kTensorsInFlight, sizing_.lanes);
+      for (size_t i = 0; i < std::min(wanted, measured.size()); ++i) threads.emplace_back(see);
+    }
+    RETURN_IF_ERROR(status);
+    RETURN_IF_ERROR(measure->EndRound());
+  }
+  measured_ = measure->Found();
+  return absl::OkStatus();
+}
+
 absl::Status Run::MergeShards() {
   ASSIGN_OR_RETURN(sizing_, SizeRun(plan_));
   candidate_bytes_ = sizing_.candidate_bytes;
@@ -298,6 +347,7 @@ absl::Status Run::MergeShards() {
   buffers_ = std::make_unique<BufferPool>(std::move(allocator),
                                           sizing_.window_bytes * sizing_.open_shards);
   ASSIGN_OR_RETURN(scheduler_, TileScheduler::Create(device, sizing_.lanes, options_.stop));
+  RETURN_IF_ERROR(MeasureTensors());
 
   std::atomic<int> next{0};
   std::mutex mutex;

@@ -31,12 +31,63 @@ TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& envir
       audited_(tensor.inputs.size() + 1, false),
       reported_(tensor.inputs.size() + 1, false) {}
 
+class TensorRun::Task : public TaskContext {
+ public:
+  Task(TensorRun& run, Lane& lane) : run_(run), lane_(lane) {}
+
+  kernels::Backend& backend() override { return lane_.backend(); }
+  DType dtype(int operand) const override { return run_.source(operand).dtype(); }
+  const Shape& shape(int operand) const override { return run_.source(operand).shape(); }
+  absl::Span<const double> measured() const override { return run_.measured(); }
+  int model(int input) const override { return run_.model(input); }
+  PhiloxKey random_key(int input) const override { return run_.random_key(input); }
+
+  absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) override {
+    const int64_t elements = shape(operand).elements(), width = ByteWidth(dtype(operand));
+    const bool direct = where == Where::kHost || backend().host_memory();
+    ASSIGN_OR_RETURN(
+        std::unique_ptr<kernels::Buffer> buffer,
+        direct ? backend().AllocateHost(elements * width) : backend().Allocate(elements * width));
+    auto* const to = static_cast<char*>(buffer->data());
+    const int64_t step = run_.environment_.tile_elements;
+    for (int64_t first = 0; first < elements; first += step) {
+      const int64_t count = std::min(step, elements - first);
+      if (direct) {
+        RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, to + first * width));
+        continue;
+      }
+      ASSIGN_OR_RETURN(void* const staged, lane_.Host(0, step * width));
+      RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, staged));
+      RETURN_IF_ERROR(backend().Upload(staged, to + first * width, count * width));
+      RETURN_IF_ERROR(backend().Synchronize());  // before the staging memory is used again
+    }
+    run_.audited_[operand + 1] = true;
+    return buffer;
+  }
+
+ private:
+  TensorRun& run_;
+  Lane& lane_;
+};
+
 absl::Status TensorRun::Run() {
   const auto run = [&] {
     if (tensor_.task != nullptr) return RunTask();
     return tensor_.method == nullptr ? CopyInputs() : tensor_.method->run(*this);
   };
   return Annotate(run(), absl::StrCat("output tensor ", tensor_.name));
+}
+
+absl::Status TensorRun::Measure(pewter::Measure& measure) {
+  const auto see = [&]() -> absl::Status {
+    if (tensor_.task == nullptr) return measure.See(*this);
+    const auto see_task = [&](Lane& lane, int64_t) {
+      Task task(*this, lane);
+      return measure.See(*tensor_.task, task);
+    };
+    return environment_.scheduler.Run(order_, 1, see_task, [](int64_t) { return true; });
+  };
+  return Annotate(see(), absl::StrCat("output tensor ", tensor_.name));
 }
 
 const ParamValue* TensorRun::shared(absl::string_view param) const {
@@ -74,7 +125,7 @@ absl::Status TensorRun::ForEachTile(Operands operands, bool writes_output, Cut c
     return fn({lane, index * step, std::min(step, elements - index * step)});
   };
   const auto admit = [&](int64_t index) {
-    return !writes_output || environment_.writer.Admits(
+    return !writes_output || environment_.writer->Admits(
                                  tensor_.offset + std::min((index + 1) * step, elements) * width);
   };
   RETURN_IF_ERROR(
@@ -171,54 +222,20 @@ template absl::StatusOr<kernels::MagnitudeOp> TensorRun::Placed(const Tile& tile
                                                                 const kernels::MagnitudeOp& op,
                                                                 size_t operands);
 
-class TensorRun::Task : public TaskContext {
- public:
-  Task(TensorRun& run, Lane& lane) : run_(run), lane_(lane) {}
-
-  kernels::Backend& backend() override { return lane_.backend(); }
-  DType dtype(int operand) const override { return run_.source(operand).dtype(); }
-  const Shape& shape(int operand) const override { return run_.source(operand).shape(); }
-
-  absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) override {
-    const int64_t elements = shape(operand).elements(), width = ByteWidth(dtype(operand));
-    const bool direct = where == Where::kHost || backend().host_memory();
-    ASSIGN_OR_RETURN(
-        std::unique_ptr<kernels::Buffer> buffer,
-        direct ? backend().AllocateHost(elements * width) : backend().Allocate(elements * width));
-    auto* const to = static_cast<char*>(buffer->data());
-    const int64_t step = run_.environment_.tile_elements;
-    for (int64_t first = 0; first < elements; first += step) {
-      const int64_t count = std::min(step, elements - first);
-      if (direct) {
-        RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, to + first * width));
-        continue;
-      }
-      ASSIGN_OR_RETURN(void* const staged, lane_.Host(0, step * width));
-      RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, staged));
-      RETURN_IF_ERROR(backend().Upload(staged, to + first * width, count * width));
-      RETURN_IF_ERROR(backend().Synchronize());  // before the staging memory is used again
-    }
-    run_.audited_[operand + 1] = true;
-    return buffer;
-  }
-
- private:
-  TensorRun& run_;
-  Lane& lane_;
-};
-
 absl::Status TensorRun::RunTask() {
-  std::vector<float> result(tensor_.shape.elements());
+  const DType dtype = tensor_.task->result_dtype();
+  const int64_t elements = tensor_.shape.elements(), width = ByteWidth(dtype);
+  std::vector<std::byte> result(elements * width);
   const auto run = [&](Lane& lane, int64_t) {
     Task task(*this, lane);
-    return tensor_.task->Run(task, absl::MakeSpan(result));
+    return tensor_.task->Run(task, {result.data(), dtype, elements});
   };
   RETURN_IF_ERROR(environment_.scheduler.Run(order_, 1, run, [](int64_t) { return true; }));
   const auto emit = [&](const Tile& tile) -> absl::Status {
-    const int64_t bytes = tile.count * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = tile.count * width;
     ASSIGN_OR_RETURN(PooledBuffer part, environment_.buffers.Acquire(bytes));
-    std::memcpy(part.data(), result.data() + tile.first, bytes);
-    return Emit(tile, std::move(part), DType::kF32);
+    std::memcpy(part.data(), result.data() + tile.first * width, bytes);
+    return Emit(tile, std::move(part), dtype);
   };
   return ForEachTile({}, /*writes_output=*/true, Cut::kTiles, emit);
 }
@@ -287,6 +304,14 @@ absl::StatusOr<std::vector<kernels::Threshold>> TensorRun::SelectLargest(
   return kernels::SelectThresholds(scan, ks);
 }
 
+absl::Status TensorRun::CountMagnitudes(absl::Span<const MagnitudeRank> magnitudes,
+                                        absl::Span<const kernels::RadixLevel> levels,
+                                        absl::Span<std::vector<uint64_t>> bins) {
+  std::vector<int> all(magnitudes.size());
+  std::iota(all.begin(), all.end(), 0);
+  return TensorScan(*this, magnitudes).Histogram(all, levels, bins);
+}
+
 absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) {
   const int64_t bytes = tile.count * ByteWidth(tensor_.dtype);
   if (from != tensor_.dtype) {
@@ -295,8 +320,8 @@ absl::Status TensorRun::Emit(const Tile& tile, PooledBuffer result, DType from) 
                      {converted.data(), tensor_.dtype, tile.count});
     result = std::move(converted);
   }
-  environment_.writer.Submit(tensor_.offset + tile.first * ByteWidth(tensor_.dtype),
-                             std::move(result), bytes);
+  environment_.writer->Submit(tensor_.offset + tile.first * ByteWidth(tensor_.dtype),
+                              std::move(result), bytes);
   return absl::OkStatus();
 }
 

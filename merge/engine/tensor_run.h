@@ -27,11 +27,12 @@ class TensorRun : public MethodContext {
   struct Environment {
     TileScheduler& scheduler;
     BufferPool& buffers;
-    ShardWriter& writer;
+    ShardWriter* writer;                    // null while the run measures
     std::atomic<int64_t>& candidate_bytes;  // that may still be used to find thresholds
     int64_t tile_elements;                  // a multiple of kernels::kReduceBlock
     uint64_t seed;
     bool allow_nonfinite;
+    absl::Span<const double> measured;
     std::function<void(int64_t bytes)> on_read;
   };
   // `order`: place among all tensors of the plan. Plan and environment must outlive the run.
@@ -39,6 +40,8 @@ class TensorRun : public MethodContext {
 
   // Merges the tensor and submits all of its bytes.
   absl::Status Run();
+  // One round's look at the tensor.
+  absl::Status Measure(pewter::Measure& measure);
 
   // After Run: what was read, and a warning for each input with values that are not finite.
   std::vector<ReadRange> TakeRanges() { return JoinRanges(std::move(ranges_)); }
@@ -52,10 +55,16 @@ class TensorRun : public MethodContext {
   const ParamValue* of_input(int input, absl::string_view param) const override;
   PhiloxKey random_key(int input) const override;
   bool f64() const override { return work_dtype_ == DType::kF64; }
+  absl::string_view kind() const override { return tensor_.kind; }
+  absl::Span<const double> measured() const override { return environment_.measured; }
+  int model(int input) const override { return tensor_.inputs[input].model; }
   absl::StatusOr<std::vector<double>> Reduce(const kernels::ReduceOp& op,
                                              Operands operands) override;
   absl::StatusOr<std::vector<kernels::Threshold>> SelectLargest(
       absl::Span<const MagnitudeRank> ranks) override;
+  absl::Status CountMagnitudes(absl::Span<const MagnitudeRank> magnitudes,
+                               absl::Span<const kernels::RadixLevel> levels,
+                               absl::Span<std::vector<uint64_t>> bins) override;
   absl::Status Map(const kernels::MapOp& op, Operands operands) override;
   absl::StatusOr<std::vector<double>> ReduceRows(const kernels::ReduceOp& op,
                                                  Operands operands) override;

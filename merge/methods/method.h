@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <memory>
 #include <string>
 #include <variant>
 #include <vector>
@@ -26,7 +27,9 @@
 
 namespace pewter {
 
-enum class ParamType { kBool, kInt, kFloat, kString };
+// A kPatterns is a regular expression, or a list of them of which one must match: one expression in
+// the end.
+enum class ParamType { kBool, kInt, kFloat, kString, kPatterns };
 
 // Where a parameter may be set. kModel: per input, then slice, module, global. kTensor: slice,
 // module, global; its value may differ from tensor to tensor. kJob: global only.
@@ -61,6 +64,48 @@ using ParamValue = std::variant<bool, int64_t, double, std::string>;
 using ParamValues = std::map<std::string, ParamValue>;
 
 class MethodContext;
+class TaskContext;
+class TensorTask;
+
+// What a method is told of an output tensor while it is planned. Inputs have one dtype and shape.
+struct TensorFacts {
+  absl::string_view name;
+  const Shape& shape;
+  DType dtype;         // of the inputs
+  DType result_dtype;  // that the result is rounded to
+  int inputs;          // without the base
+  bool vocabulary;     // its rows are tokens
+  const ParamValues& params;
+  std::vector<const ParamValues*> input_params;
+};
+// How a method treats a tensor, where not all alike.
+struct Treatment {
+  std::shared_ptr<const TensorTask> task;  // instead of `run`
+  bool keep_base = false;                  // the base's tensor is the output's
+  bool measured = false;                   // takes part in MergeMethod::measure
+  std::string kind;                        // what `run` is told (MethodContext::kind)
+  std::vector<std::string> notes;          // for the plan
+};
+
+// Of the tensors that take part in a measure.
+struct MeasureFacts {
+  const ParamValues& params;      // of scope kJob
+  std::vector<int64_t> elements;  // by model
+  bool f64;                       // they are merged in double, else in float
+};
+
+// What a method finds out of many tensors together before the first is merged. Made for one run.
+class Measure {
+ public:
+  virtual ~Measure() = default;
+  // In every round each of the tensors is seen once, several at a time and in any order.
+  virtual bool done() const = 0;
+  virtual absl::Status See(MethodContext& tensor) = 0;
+  virtual absl::Status See(const TensorTask& task, TaskContext& tensor) = 0;
+  virtual absl::Status EndRound() = 0;
+  // Once done: what `measured` of every context gives.
+  virtual std::vector<double> Found() const = 0;
+};
 
 struct MergeMethod {
   const char* name;
@@ -83,6 +128,10 @@ struct MergeMethod {
   bool by_columns = false;  // calls ReduceColumns
   // What the values of one input must fulfil together; null: nothing. Called while planning.
   absl::Status (*check_input)(const ParamValues& params) = nullptr;
+  // Null: all tensors are for `run`. Called while planning.
+  absl::StatusOr<Treatment> (*treat)(const TensorFacts& tensor) = nullptr;
+  // Set where treatments ask for it.
+  std::unique_ptr<Measure> (*measure)(const MeasureFacts& facts) = nullptr;
   absl::Status (*run)(MethodContext&) = nullptr;
 };
 
@@ -106,6 +155,12 @@ class MethodContext {
   virtual PhiloxKey random_key(int input) const = 0;
   // True when arithmetic is in double (an input or the output is F64).
   virtual bool f64() const = 0;
+  // Treatment::kind.
+  virtual absl::string_view kind() const = 0;
+  // Measure::Found, in a merge that has a measure; else empty.
+  virtual absl::Span<const double> measured() const = 0;
+  // The number of an input's model, which MeasureFacts::elements counts by.
+  virtual int model(int input) const = 0;
 
   // Operands of a pass: indices of inputs; kBase is the base.
   static constexpr int kBase = -1;
@@ -123,6 +178,10 @@ class MethodContext {
   };
   virtual absl::StatusOr<std::vector<kernels::Threshold>> SelectLargest(
       absl::Span<const MagnitudeRank> ranks) = 0;
+  // One pass: adds the counts of each op's digit (Backend::Histogram) to its bins.
+  virtual absl::Status CountMagnitudes(absl::Span<const MagnitudeRank> magnitudes,
+                                       absl::Span<const kernels::RadixLevel> levels,
+                                       absl::Span<std::vector<uint64_t>> bins) = 0;
   // The last pass: writes the output.
   virtual absl::Status Map(const kernels::MapOp& op, Operands operands) = 0;
 

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "base/random.h"
 #include "base/shape.h"
 #include "kernels/backend.h"
 
@@ -31,6 +32,10 @@ class TaskContext {
   // host's).
   enum class Where { kBackend, kHost };
   virtual absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) = 0;
+  // As a MethodContext's.
+  virtual absl::Span<const double> measured() const = 0;
+  virtual int model(int input) const = 0;
+  virtual PhiloxKey random_key(int input) const = 0;
 };
 
 class TensorTask {
@@ -39,8 +44,10 @@ class TensorTask {
   virtual const char* name() const = 0;  // in plans
   // The most memory that Run holds at a time, the loaded operands and `result` included.
   virtual int64_t bytes() const = 0;
-  // Sets `result`: the elements of the plan's tensor, those of its parts one after the other.
-  virtual absl::Status Run(TaskContext& context, absl::Span<float> result) const = 0;
+  virtual DType result_dtype() const { return DType::kF32; }
+  // Sets `result`, of that type and in host memory: the elements of the plan's tensor, those of its
+  // parts one after the other.
+  virtual absl::Status Run(TaskContext& context, kernels::View result) const = 0;
 };
 
 }  // namespace pewter

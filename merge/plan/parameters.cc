@@ -1,5 +1,7 @@
 #include "merge/plan/parameters.h"
 
+#include <re2/re2.h>
+
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -90,6 +92,7 @@ absl::StatusOr<ParamValue> ScalarToValue(const Param& param, const ParamScalar& 
       return NumberToValue(param, *number, at);
     }
     case ParamType::kString:
+    case ParamType::kPatterns:
       break;
   }
   const std::string* text = std::get_if<std::string>(&scalar);
@@ -99,7 +102,27 @@ absl::StatusOr<ParamValue> ScalarToValue(const Param& param, const ParamScalar& 
     return Wrong(param, at, absl::StrCat("one of ", absl::StrJoin(param.choices, ", ")),
                  Describe(scalar));
   }
+  if (param.type == ParamType::kPatterns) {
+    RE2::Options quiet;
+    quiet.set_log_errors(false);
+    const RE2 pattern(value, quiet);
+    if (!pattern.ok()) {
+      return Wrong(param, at, absl::StrCat("a regular expression (", pattern.error(), ")"),
+                   Describe(scalar));
+    }
+  }
   return ParamValue(std::move(value));
+}
+
+// One expression that matches where one of the values does.
+absl::StatusOr<ParamValue> JoinPatterns(const Param& param, const ParamCase& condition) {
+  std::vector<std::string> patterns;
+  for (const ParamScalar& scalar : condition.values) {
+    ASSIGN_OR_RETURN(const ParamValue value, ScalarToValue(param, scalar, condition.at));
+    patterns.push_back(std::get<std::string>(value));
+  }
+  if (patterns.size() == 1) return ParamValue(patterns[0]);
+  return ParamValue(absl::StrCat("(?:", absl::StrJoin(patterns, ")|(?:"), ")"));
 }
 
 bool Matches(const ParamCase& condition, absl::string_view tensor) {
@@ -119,6 +142,12 @@ absl::StatusOr<std::optional<Found>> Evaluate(const Param& param, const ParamSet
     if (!Matches(condition, tensor)) continue;
     const auto count = static_cast<int64_t>(condition.values.size());
     if (count == 0) return std::nullopt;
+    if (param.type == ParamType::kPatterns) {
+      ParamOrigin origin{.at = condition.at};
+      if (condition.filter != "*") origin.filter = condition.filter;
+      ASSIGN_OR_RETURN(ParamValue value, JoinPatterns(param, condition));
+      return Found{std::move(value), std::move(origin)};
+    }
     const double x = t * static_cast<double>(count - 1);
     const auto index = static_cast<int64_t>(std::floor(x));
     ParamOrigin origin{.at = condition.at};

@@ -88,6 +88,7 @@ class Planner {
     if (plan_.tensors.empty()) {
       return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
     }
+    RETURN_IF_ERROR(PlanMeasure());
     WarnOfIdleSettings(recipe_, *method_, param_use_, known_names_, plan_.warnings);
     WarnOfCasts();
     ListUnused();
@@ -696,6 +697,9 @@ class Planner {
                                             " of ", inputs.size(),
                                             " models and merged from those"));
     }
+    if (tensor.method != nullptr && method_->treat != nullptr) {
+      RETURN_IF_ERROR(Annotate(Treat(output, tensor), absl::StrCat("tensor ", output.name)));
+    }
     return AddTensor(std::move(tensor));
   }
 
@@ -777,6 +781,56 @@ class Planner {
     return donor;
   }
 
+  // Lets the method say how it treats the tensor.
+  absl::Status Treat(const ArchTensor& output, PlanTensor& tensor) const {
+    std::vector<const ParamValues*> of_inputs;
+    for (const PlanInput& input : tensor.inputs) of_inputs.push_back(&input.params);
+    const PlanInput& any = tensor.base ? *tensor.base : tensor.inputs.front();
+    ASSIGN_OR_RETURN(Treatment treatment,
+                     method_->treat({.name = output.name,
+                                     .shape = tensor.shape,
+                                     .dtype = any.source->dtype(),
+                                     .result_dtype = tensor.result_dtype,
+                                     .inputs = static_cast<int>(tensor.inputs.size()),
+                                     .vocabulary = output.vocabulary,
+                                     .params = tensor.params,
+                                     .input_params = std::move(of_inputs)}));
+    tensor.task = std::move(treatment.task);
+    tensor.kind = std::move(treatment.kind);
+    tensor.measured = treatment.measured;
+    if (treatment.keep_base) KeepOnly(*std::move(tensor.base), tensor);
+    tensor.notes.insert(tensor.notes.end(), treatment.notes.begin(), treatment.notes.end());
+    return absl::OkStatus();
+  }
+
+  absl::Status PlanMeasure() {
+    std::vector<int64_t> elements(plan_.models.size());
+    const PlanTensor* first = nullptr;
+    const auto f64 = [](const PlanTensor& tensor) {
+      return tensor.inputs.front().source->dtype() == DType::kF64;
+    };
+    for (const PlanTensor& tensor : plan_.tensors) {
+      if (!tensor.measured) continue;
+      if (first == nullptr) first = &tensor;
+      if (f64(tensor) != f64(*first)) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(method_->name, " looks at tensors together of which some are float64 (",
+                         f64(tensor) ? tensor.name : first->name, ") and some not (",
+                         f64(tensor) ? first->name : tensor.name, "); set `dtype`"));
+      }
+      for (const PlanInput& input : tensor.inputs) {
+        elements[input.model] += tensor.shape.elements();
+      }
+    }
+    if (first == nullptr) return absl::OkStatus();
+    // Values of scope kJob are every tensor's.
+    plan_.measure = [measure = method_->measure, params = first->params,
+                     elements = std::move(elements), is_f64 = f64(*first)] {
+      return measure({.params = params, .elements = elements, .f64 = is_f64});
+    };
+    return absl::OkStatus();
+  }
+
   static bool SameRows(const Shape& a, const Shape& b) {
     return a.rank() > 0 && b.rank() > 0 && a.extents().subspan(1) == b.extents().subspan(1);
   }
@@ -806,16 +860,20 @@ class Planner {
 
   // The only operand is the result.
   static void PassThrough(PlanTensor& tensor) {
-    if (tensor.base) {
-      tensor.inputs = {*std::move(tensor.base)};
-      tensor.base.reset();
-    }
-    tensor.inputs[0].params.clear();
-    tensor.inputs[0].origins.clear();
+    KeepOnly(tensor.base ? *std::move(tensor.base) : std::move(tensor.inputs[0]), tensor);
+    tensor.notes.push_back("copied: no other model has it");
+  }
+
+  // The operand is the result.
+  static void KeepOnly(PlanInput operand, PlanTensor& tensor) {
+    operand.params.clear();
+    operand.origins.clear();
+    tensor.inputs.clear();
+    tensor.inputs.push_back(std::move(operand));
+    tensor.base.reset();
     tensor.params.clear();
     tensor.origins.clear();
     tensor.method = nullptr;
-    tensor.notes.push_back("copied: no other model has it");
   }
 
   static ParamPlace PlaceAt(const Slice& slice, double t) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -63,7 +64,9 @@ struct PlanTensor {
   const MergeMethod* method =
       nullptr;  // null, as is task: the inputs are copied, one after the other (buffers, single
                 // optional inputs; experts that are stacked). They have one dtype
-  std::shared_ptr<const TensorTask> task;  // instead of a method
+  std::shared_ptr<const TensorTask> task;  // instead of what the method runs
+  std::string kind;                        // Treatment::kind
+  bool measured = false;                   // Treatment::measured
   // What a task computes together and the file holds one after the other (factors of a matrix);
   // `name` is then for messages alone and `shape` flat. Empty: the tensor itself.
   std::vector<PlanPart> parts;
@@ -121,6 +124,8 @@ struct Plan {
   std::vector<PlanModel> models;
   std::vector<InputFile> files;  // of all models, in order
   std::vector<PlanTensor> tensors;
+  // Run over the measured tensors before the first tensor is merged; null where there are none.
+  std::function<std::unique_ptr<Measure>()> measure;
   std::vector<PlanShard> shards;
   std::vector<PlanFile> aux_files;  // tokenizer, generation config, model card, recipe
   std::string config_json;          // written with the index, last; empty for raw checkpoints

@@ -83,10 +83,13 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   // A tile of each operand and of the result, and to select: a tile's candidates, and a histogram
   // of each operand.
   int64_t lane_bytes = (most_operands + 1) * tile_bytes;
+  const int64_t histograms = most_operands * kernels::kRadixBins * 8;
   if (candidates > 0) {
-    lane_bytes += sizing.tile_elements * static_cast<int64_t>(sizeof(kernels::SiftCandidate)) +
-                  most_operands * kernels::kRadixBins * 8;
+    lane_bytes +=
+        sizing.tile_elements * static_cast<int64_t>(sizeof(kernels::SiftCandidate)) + histograms;
   }
+  // Of a lane, of the tensor that it sees, and the sums.
+  if (plan.measure != nullptr) lane_bytes += 3 * histograms;
   const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes + largest_task;
   if (least > options.memory_bytes) {
     return absl::ResourceExhaustedError(

@@ -45,7 +45,7 @@ class ExtractTask : public TensorTask {
            factors * static_cast<int64_t>(sizeof(double) + sizeof(float));
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Run(TaskContext& context, kernels::View result) const override {
     ASSIGN_OR_RETURN(const auto tuned, context.Load(0, TaskContext::Where::kBackend));
     ASSIGN_OR_RETURN(const auto base,
                      context.Load(TaskContext::kBase, TaskContext::Where::kBackend));
@@ -63,7 +63,7 @@ class ExtractTask : public TensorTask {
     const std::vector<double>& b = layout_.transposed ? right : left;
     // One of the two has rows of norm 1, the other the singular values' norms.
     const bool a_is_unit = layout_.transposed == (shape_.rows <= shape_.columns);
-    float* const to_a = result.data();
+    auto* const to_a = static_cast<float*>(result.data);
     float* const to_b = to_a + layout_.rank * in;
     for (int64_t k = 0; k < layout_.rank; ++k) {
       const double* const row_a = a.data() + k * in;
@@ -98,7 +98,7 @@ class DifferenceTask : public TensorTask {
            (2 * ByteWidth(dtype_) + 2 * int64_t{sizeof(double)} + int64_t{sizeof(float)});
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Run(TaskContext& context, kernels::View result) const override {
     std::vector<double> values[2] = {std::vector<double>(elements_),
                                      std::vector<double>(elements_)};
     for (const int operand : {0, TaskContext::kBase}) {
@@ -106,8 +106,9 @@ class DifferenceTask : public TensorTask {
       kernels::Convert({stored->data(), dtype_, elements_},
                        {values[operand == 0 ? 0 : 1].data(), DType::kF64, elements_});
     }
+    auto* const to = static_cast<float*>(result.data);
     for (int64_t i = 0; i < elements_; ++i) {
-      result[i] = static_cast<float>(values[0][i] - values[1][i]);
+      to[i] = static_cast<float>(values[0][i] - values[1][i]);
     }
     return absl::OkStatus();
   }

@@ -60,8 +60,13 @@ class AdapterTask : public TensorTask {
   AdapterTask(const AdapterMethod& method, AdapterModule module)
       : method_(method), module_(std::move(module)) {}
   const char* name() const override { return method_.method.name; }
+  absl::Status Run(TaskContext& context, kernels::View result) const final {
+    return Make(context, {static_cast<float*>(result.data), static_cast<size_t>(result.size)});
+  }
 
  protected:
+  virtual absl::Status Make(TaskContext& context, absl::Span<float> result) const = 0;
+
   int64_t factor_elements() const { return module_.rank * (module_.in + module_.out); }
   // A, then B.
   absl::Span<float> ResultA(absl::Span<float> result) const {
@@ -85,7 +90,7 @@ class StackTask final : public AdapterTask {
     return (factor_elements() + largest * std::max(module_.in, module_.out)) * kFloat;
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Make(TaskContext& context, absl::Span<float> result) const override {
     const absl::Span<float> to_a = ResultA(result), to_b = ResultB(result);
     int64_t row = 0;
     for (size_t i = 0; i < module_.inputs.size(); ++i) {
@@ -138,7 +143,7 @@ class FactorwiseTask final : public AdapterTask {
     return (factor_elements() + static_cast<int64_t>(module_.inputs.size()) * longer) * kFloat;
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Make(TaskContext& context, absl::Span<float> result) const override {
     for (const bool of_a : {true, false}) {
       std::vector<Combination::Term> terms = TermsOf(module_, of_a ? "lora_A" : "lora_B");
       std::vector<int> operands;
@@ -166,7 +171,7 @@ class BiasTask final : public AdapterTask {
     return (static_cast<int64_t>(module_.inputs.size()) + 1) * elements_ * kFloat;
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Make(TaskContext& context, absl::Span<float> result) const override {
     std::vector<int> operands;
     std::vector<double> scales;
     for (const AdapterInput& input : module_.inputs) {
@@ -273,7 +278,7 @@ class SumSvdTask final : public SvdTask {
            kFloat * ranks * longer + factor_bytes() + kBlocks;
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Make(TaskContext& context, absl::Span<float> result) const override {
     kernels::Backend& backend = context.backend();
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
     ASSIGN_OR_RETURN(Triangle b, Factor(context, *algebra, /*of_a=*/false));
@@ -365,7 +370,7 @@ class DenseSvdTask final : public SvdTask {
            kernels::FactorLowRankBytes(module_.out, module_.in, module_.rank) + factor_bytes();
   }
 
-  absl::Status Run(TaskContext& context, absl::Span<float> result) const override {
+  absl::Status Make(TaskContext& context, absl::Span<float> result) const override {
     kernels::Backend& backend = context.backend();
     ASSIGN_OR_RETURN(const std::unique_ptr<Buffer> merged, Merge(context));
     ASSIGN_OR_RETURN(
