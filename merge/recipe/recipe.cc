@@ -54,6 +54,7 @@ class RecipeReader : private YamlReader {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
     }
     if (!IsNull(root.Find("layer_slices"))) return ReadLayerSlices(root);
+    if (!IsNull(root.Find("merging_config"))) return ReadMergingConfig(root);
     RETURN_IF_ERROR(CheckKeys(root, "the recipe", kKeys));
     RETURN_IF_ERROR(ReadHead(root));
 
@@ -543,6 +544,83 @@ class RecipeReader : private YamlReader {
       slice.sources.push_back(std::move(source));
     }
     return add_end("lm_head_source");
+  }
+
+  // A configuration of the authors of Decom-Renorm-Merge: drm with other names. Rates say what is
+  // dropped. A list of patterns that is missing has none: it matches nothing.
+  absl::Status ReadMergingConfig(const YamlNode& root) {
+    static constexpr Key kKeys[] = {{"name"},      {"models"}, {"base_model"}, {"merging_config"},
+                                    {"save_path"}, {"dtype"},  {"out_dtype"}};
+    struct Setting {
+      Key key;
+      const char* param;
+      enum { kValue, kDropRate, kPatterns } form;
+      const char* otherwise = nullptr;  // a pattern
+    };
+    static constexpr char kNothing[] = "^$";
+    static constexpr Setting kSettings[] = {
+        {{"singular_matrices_drop_rate"}, "density", Setting::kDropRate},
+        {{"non_linear_module_entries_drop_rate"}, "other_density", Setting::kDropRate},
+        {{"direction"}, "direction", Setting::kValue},
+        {{"enable_disjoint_mean"}, "disjoint_mean", Setting::kValue},
+        {{"enable_sign_resolution"}, "sign_resolution", Setting::kValue},
+        {{"linear_parameter_regex_pattern"}, "linear_include", Setting::kPatterns, kNothing},
+        {{"linear_parameter_ignore_regex_pattern"}, "linear_exclude", Setting::kPatterns, kNothing},
+        {{"ignore_module_regex_pattern"}, "ignore", Setting::kPatterns},
+        {{"native_stacked_QKV"}, "split_qkv", Setting::kValue},
+        {{"dtype"}, nullptr, Setting::kValue},
+    };
+    RETURN_IF_ERROR(CheckKeys(root, "a recipe with `merging_config`", kKeys));
+    RETURN_IF_ERROR(ReadHead(root));
+    recipe_.merge_method = "drm";
+    const YamlNode& config = *root.Find("merging_config");
+    recipe_.merge_method_at = config.at;
+    if (config.kind != Kind::kMapping) {
+      return Expected(config, "`merging_config`", "a mapping");
+    }
+    std::vector<Key> config_keys;
+    for (const Setting& setting : kSettings) config_keys.push_back(setting.key);
+    RETURN_IF_ERROR(CheckKeys(config, "`merging_config`", config_keys));
+    for (const Setting& setting : kSettings) {
+      const YamlNode* node = config.Find(setting.key.name);
+      const bool none = IsNull(node) || (node->kind == Kind::kSequence && node->items.empty());
+      if (none) {
+        if (setting.otherwise == nullptr) continue;
+        ParamCase nothing{.values = {std::string(setting.otherwise)}, .at = config.at};
+        recipe_.parameters[setting.param] = {.cases = {std::move(nothing)}, .at = config.at};
+        continue;
+      }
+      if (setting.param == nullptr) {
+        recipe_.warnings.push_back(
+            absl::StrCat(node->at.ToString(), ": `", setting.key.name,
+                         "` is ignored: decompositions are made in float64; the recipe's own "
+                         "`dtype` is that of the result"));
+        continue;
+      }
+      if (setting.form != Setting::kDropRate) {
+        ASSIGN_OR_RETURN(recipe_.parameters[setting.param], ReadSetting(*node, setting.key.name));
+        continue;
+      }
+      const auto rate = node->kind == Kind::kScalar ? YamlFloat(*node) : std::nullopt;
+      if (!rate || !(*rate >= 0 && *rate <= 1)) {
+        return Expected(*node, absl::StrCat("`", setting.key.name, "`"), "a number from 0 to 1");
+      }
+      ParamCase density{.values = {1 - *rate}, .at = node->at};
+      recipe_.parameters[setting.param] = {.cases = {std::move(density)}, .at = node->at};
+    }
+    if (const YamlNode* path = root.Find("save_path"); !IsNull(path)) {
+      recipe_.warnings.push_back(absl::StrCat(
+          path->at.ToString(), ": `save_path` is ignored: the command names the output"));
+    }
+    RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
+    RETURN_IF_ERROR(ReadInputs(root));
+    for (RecipeSource& source : recipe_.modules[0].slices[0].sources) {
+      auto coefficient = source.parameters.extract("coefficient");
+      if (coefficient.empty()) continue;
+      coefficient.key() = "weight";
+      source.parameters.insert(std::move(coefficient));
+    }
+    return absl::OkStatus();
   }
 
   // `models` or `slices` of the recipe or of a module.

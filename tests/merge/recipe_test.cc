@@ -604,6 +604,63 @@ TEST(RecipeTest, OverridesOfStages) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("circle")));
 }
 
+// As the authors' repository has it.
+TEST(RecipeTest, ConfigurationsOfDecomRenormMerge) {
+  const auto recipe = ParseRecipe(R"(
+models:
+  - model: org/a  # HuggingFace's repo id, or local path
+    parameters:
+      coefficient: 1.5
+  - model: org/b
+base_model: org/base
+merging_config:
+  singular_matrices_drop_rate: 0.8
+  direction: vertical
+  linear_parameter_regex_pattern:
+    - ".*weight.*"
+  linear_parameter_ignore_regex_pattern:
+    - ".*embed_tokens.*"
+    - ".*lm_head.*"
+  ignore_module_regex_pattern: []
+  enable_disjoint_mean: false
+  enable_sign_resolution: true
+  non_linear_module_entries_drop_rate: 0.25
+  dtype: float32
+save_path: ./tulu-drm-v
+)");
+  ASSERT_THAT(recipe, IsOk());
+  EXPECT_EQ(recipe->merge_method, "drm");
+  EXPECT_EQ(recipe->base_model->path, "org/base");
+  const auto& sources = recipe->modules[0].slices[0].sources;
+  ASSERT_EQ(sources.size(), 2u);
+  const auto value = [](const ParamScope& scope, const std::string& name) {
+    return scope.at(name).cases[0].values[0];
+  };
+  EXPECT_EQ(value(sources[0].parameters, "weight"), ParamScalar(1.5));
+  EXPECT_TRUE(sources[1].parameters.empty());
+  EXPECT_EQ(value(recipe->parameters, "density"), ParamScalar(1 - 0.8));
+  EXPECT_EQ(value(recipe->parameters, "other_density"), ParamScalar(0.75));
+  EXPECT_EQ(value(recipe->parameters, "direction"), ParamScalar(std::string("vertical")));
+  EXPECT_EQ(value(recipe->parameters, "disjoint_mean"), ParamScalar(false));
+  EXPECT_EQ(value(recipe->parameters, "sign_resolution"), ParamScalar(true));
+  EXPECT_EQ(value(recipe->parameters, "linear_include"), ParamScalar(std::string(".*weight.*")));
+  EXPECT_EQ(recipe->parameters.at("linear_exclude").cases[0].values.size(), 2u);
+  EXPECT_FALSE(recipe->parameters.contains("ignore"));
+  EXPECT_FALSE(recipe->dtype);
+  EXPECT_THAT(recipe->warnings,
+              ElementsAre(AllOf(HasSubstr("recipe:20:10"), HasSubstr("float64")),
+                          AllOf(HasSubstr("recipe:21:12"), HasSubstr("save_path"))));
+  EXPECT_THAT(ParseRecipe("models: [{model: a}]\nbase_model: b\nmerging_config:\n  "
+                          "singular_matrices_drop_rate: 1.5\n"),
+              InvalidAt("recipe:4:32", "a number from 0 to 1"));
+  // No list of patterns: nothing is linear, nothing is excluded.
+  const auto bare =
+      ParseRecipe("models: [{model: a}]\nbase_model: b\nmerging_config: {dtype: x}\n");
+  ASSERT_THAT(bare, IsOk());
+  EXPECT_EQ(value(bare->parameters, "linear_include"), ParamScalar(std::string("^$")));
+  EXPECT_EQ(value(bare->parameters, "linear_exclude"), ParamScalar(std::string("^$")));
+}
+
 TEST(RecipeTest, ParsesModelRefs) {
   EXPECT_EQ(ParseModelRef("hf://org/name@v1")->revision, "v1");
   EXPECT_EQ(ParseModelRef("a+b")->adapter, "b");

@@ -1,0 +1,130 @@
+// The joint space of a weight's task vectors: what methods that merge by singular vectors share.
+//
+// Task vectors D_t [n, m] are stacked as [D_1 ... D_T] (horizontal: their columns are vectors of
+// one space) or as [D_1; ...; D_T] (vertical: their rows are). The stack's singular vectors on the
+// shared side are the eigenvectors of the joint Gram matrix sum_t D_t D_t^T (or D_t^T D_t). Those
+// on the other side are never formed: u_j^T D_t = s_j v_jt, a *block* of the stack. Where the stack
+// has a smaller extent on the other side, the Gram matrix of that side is taken and its vectors are
+// carried over.
+//
+// All is double, in the memory of the backend; sizes are elements. Errors are the backend's.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "kernels/backend.h"
+#include "kernels/linear_algebra.h"
+#include "merge/methods/common/low_rank.h"
+#include "merge/methods/tensor_task.h"
+
+namespace pewter::methods {
+
+enum class Stack { kHorizontal, kVertical };
+
+// Of a matrix [rows, columns]: the extent that the stacked matrices share, and the other one.
+inline int64_t SharedSide(Stack stack, MatrixShape shape) {
+  return stack == Stack::kHorizontal ? shape.rows : shape.columns;
+}
+inline int64_t BlockLength(Stack stack, MatrixShape shape) {
+  return stack == Stack::kHorizontal ? shape.columns : shape.rows;
+}
+
+// Base and inputs of a task, whole.
+class TaskVectors {
+ public:
+  static absl::StatusOr<TaskVectors> Load(TaskContext& context, int count);
+  // What Load takes.
+  static int64_t Bytes(MatrixShape shape, DType dtype, int count) {
+    return (count + 2) * shape.rows * shape.columns * ByteWidth(dtype);
+  }
+
+  MatrixShape shape() const { return shape_; }
+  DType dtype() const { return dtype_; }
+  // Rows [first, first + rows) of each task vector.
+  std::vector<kernels::ConstMatrix> Rows(int64_t first, int64_t rows) const;
+
+  // Writes base + delta into rows [begin, end) of a task's result, where rows [first, first +
+  // out.rows) of delta are what `rows_of(first, out)` sets `out` to.
+  absl::Status Emit(kernels::Backend& backend, int64_t begin, int64_t end,
+                    absl::FunctionRef<absl::Status(int64_t first, kernels::Matrix out)> rows_of,
+                    kernels::View result) const;
+  // What it holds besides the result.
+  static int64_t EmitBytes(MatrixShape shape);
+
+ private:
+  MatrixShape shape_;
+  DType dtype_ = DType::kF32;
+  std::unique_ptr<kernels::Buffer> base_, host_base_;  // null: the base is in host memory
+  std::vector<std::unique_ptr<kernels::Buffer>> inputs_;
+};
+
+struct JointBasis {
+  std::vector<double> spectrum;  // singular values of the stack, largest first: all of them
+  std::unique_ptr<kernels::Buffer> memory;
+  kernels::Matrix vectors;  // [rank, side]: orthonormal rows, those of the largest values
+
+  int64_t rank() const { return vectors.rows; }
+};
+
+// Which singular values are kept: those above relative * the largest, and above absolute. Values
+// below 1e-7 of the largest are noise.
+struct RankCut {
+  double relative = 0;
+  double absolute = 0;
+};
+
+absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend,
+                                          absl::Span<const kernels::ConstMatrix> deltas,
+                                          Stack stack, const RankCut& cut);
+// The order of the eigenvalue problem that it solves, and bytes that it takes at most while it runs
+// and keeps.
+struct JointBasisCost {
+  int64_t order = 0;
+  int64_t peak = 0;
+  int64_t kept = 0;
+  int64_t rank = 0;  // at most
+};
+JointBasisCost CostOfJointBasis(MatrixShape shape, int count, Stack stack, const RankCut& cut);
+
+// The blocks s_j v_jt of all task vectors, [rank, length] each, one after the other.
+struct JointBlocks {
+  std::unique_ptr<kernels::Buffer> memory;
+  int64_t rank = 0;
+  int64_t length = 0;
+  int count = 0;
+
+  kernels::Matrix Of(int t) const;
+  kernels::ConstView View(int t) const;
+  std::vector<kernels::ConstView> Views() const;
+};
+absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const JointBasis& basis,
+                                           absl::Span<const kernels::ConstMatrix> deltas,
+                                           Stack stack);
+
+// Norms of the blocks' rows: that of row j of block t is value j * count + t.
+absl::StatusOr<std::vector<double>> RowNorms(kernels::Backend& backend, const JointBlocks& blocks);
+
+// Values of rows or columns where the ops of a backend can read them.
+class PlacedValues {
+ public:
+  static absl::StatusOr<PlacedValues> Make(kernels::Backend& backend, std::vector<double> values);
+  const double* data() const { return data_; }
+
+ private:
+  std::vector<double> values_;
+  std::unique_ptr<kernels::Buffer> memory_;
+  const double* data_ = nullptr;
+};
+
+// Rows [first, first + out.rows) of the matrix [n, m] whose block is `block`.
+absl::Status ExpandRows(kernels::LinearAlgebra& algebra, const JointBasis& basis,
+                        const kernels::Matrix& block, Stack stack, int64_t first,
+                        kernels::Matrix out);
+
+}  // namespace pewter::methods
