@@ -4,6 +4,7 @@
 #include <lapack.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <mutex>
 #include <utility>
@@ -71,13 +72,23 @@ absl::Status CheckFinite(const Matrix& m) {
   return absl::FailedPreconditionError("a matrix that is to be factored has values not finite");
 }
 
+// The difference of stored values. What most weights are stored as has loops of its own, so that
+// widening is little beside multiplying.
+template <class Stored, class Widened>
+void Subtract(const void* a, const void* b, int64_t count, const Widened& widened, double* to) {
+  const auto* const from = static_cast<const Stored*>(a);
+  const auto* const subtracted = static_cast<const Stored*>(b);
+  for (int64_t i = 0; i < count; ++i) to[i] = widened(from[i]) - widened(subtracted[i]);
+}
+
 // Elements [row, row + rows) x [column, column + columns) of `m`, widened into `scratch` where they
 // are not double already. `stride` is that of the result.
 const double* Widen(const ConstMatrix& m, int64_t row, int64_t rows, int64_t column,
                     int64_t columns, std::vector<double>& scratch, int64_t* stride) {
   const int64_t width = ByteWidth(m.dtype);
   const auto at = [&](const void* data, int64_t i) {
-    return static_cast<const char*>(data) + ((row + i) * m.stride + column) * width;
+    return static_cast<const void*>(static_cast<const char*>(data) +
+                                    ((row + i) * m.stride + column) * width);
   };
   if (m.dtype == DType::kF64 && m.minus == nullptr) {
     *stride = m.stride;
@@ -87,6 +98,18 @@ const double* Widen(const ConstMatrix& m, int64_t row, int64_t rows, int64_t col
   double* const subtracted = scratch.data() + kBlock * kBlock;
   for (int64_t i = 0; i < rows; ++i) {
     double* const to = scratch.data() + i * columns;
+    if (m.minus != nullptr && m.dtype == DType::kF32) {
+      const auto widened = [](float x) { return static_cast<double>(x); };
+      Subtract<float>(at(m.data, i), at(m.minus, i), columns, widened, to);
+      continue;
+    }
+    if (m.minus != nullptr && m.dtype == DType::kBF16) {
+      const auto widened = [](uint16_t bits) {
+        return static_cast<double>(std::bit_cast<float>(uint32_t{bits} << 16));
+      };
+      Subtract<uint16_t>(at(m.data, i), at(m.minus, i), columns, widened, to);
+      continue;
+    }
     Convert({at(m.data, i), m.dtype, columns}, {to, DType::kF64, columns});
     if (m.minus == nullptr) continue;
     Convert({at(m.minus, i), m.dtype, columns}, {subtracted, DType::kF64, columns});
@@ -264,6 +287,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
   }
 
  private:
+  // `lower_only`: b is a, so that the result is symmetric, and only its lower triangle is set.
   void Multiply(bool transpose_a, const ConstMatrix& a, bool transpose_b, const ConstMatrix& b,
                 double alpha, double beta, const Matrix& c, bool lower_only) {
     const int64_t inner = transpose_a ? a.rows : a.columns;
@@ -291,6 +315,12 @@ class CpuLinearAlgebra : public LinearAlgebra {
         const double* const left = transpose_a
                                        ? Widen(a, k, depth, i, rows, scratch[thread].a, &a_stride)
                                        : Widen(a, i, rows, k, depth, scratch[thread].a, &a_stride);
+        if (lower_only && i == j) {
+          const LibraryCall call;
+          cblas_dsyrk(CblasRowMajor, CblasLower, transpose_a ? CblasTrans : CblasNoTrans, Int(rows),
+                      Int(depth), alpha, left, Int(a_stride), 1, to, Int(c.stride));
+          continue;
+        }
         const double* const right =
             transpose_b ? Widen(b, j, columns, k, depth, scratch[thread].b, &b_stride)
                         : Widen(b, k, depth, j, columns, scratch[thread].b, &b_stride);
