@@ -122,7 +122,7 @@ def write_small_files(folder, shape):
         "model_max_length": 2048}, indent=2))
 
 
-def make(out, shape, seed):
+def make(out, shape, seed, distance):
     shapes = tensors(shape)
     writers = {name: Writer(out / name, shapes, shards=3 if name == "ft3" else 1) for name in ("base", *SIBLINGS)}
     zeros, count = dict.fromkeys(SIBLINGS, 0), 0
@@ -142,7 +142,7 @@ def make(out, shape, seed):
             writers["base"].append(name, base)
             values = from_bf16(base)
             for sibling, step in SIBLINGS.items():
-                scale = step * np.exp(0.5 * rng.standard_normal((rows, 1), dtype=np.float32))
+                scale = distance * step * np.exp(0.5 * rng.standard_normal((rows, 1), dtype=np.float32))
                 if name == "model.embed_tokens.weight":  # tokens that the fine-tuning data do not hold
                     scale *= rng.random((rows, 1), dtype=np.float32) < 0.6
                 changed = rng.standard_normal((rows, columns), dtype=np.float32)
@@ -163,10 +163,11 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--distance", type=float, default=1, help="times the usual steps; 200: siblings as far apart as their weights are large")
     args = parser.parse_args()
     begin = time.monotonic()
-    count, zeros = make(args.out, args.shape, args.seed)
-    report = {"shape": args.shape, "seed": args.seed, "parameters": count,
+    count, zeros = make(args.out, args.shape, args.seed, args.distance)
+    report = {"shape": args.shape, "seed": args.seed, "distance": args.distance, "parameters": count,
               "zero_share_of_deltas": {name: round(share, 4) for name, share in zeros.items()}}
     (args.out / "models.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report), f"{time.monotonic() - begin:.1f} s")
