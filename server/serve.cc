@@ -5,7 +5,6 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -29,6 +28,7 @@
 #include "server/log.h"
 #include "server/merge_service.h"
 #include "server/planner.h"
+#include "server/stop_signals.h"
 #include "server/worker_service.h"
 
 namespace pewter::server {
@@ -83,8 +83,8 @@ absl::Status WriteAddress(const std::string& data, const std::string& address) {
   return absl::OkStatus();
 }
 
-// The signal that ends the server. It is handled rather than blocked and waited for: libraries start
-// threads before main, which would take it and die.
+// The signal that ends the server. It is handled rather than blocked and waited for: a thread that
+// blocks none would take it and die.
 std::atomic<int> g_stop_signal{0};
 sem_t g_stop;
 
@@ -93,14 +93,6 @@ void OnStopSignal(int signal) {
   g_stop_signal = signal;
   sem_post(&g_stop);
   errno = saved;
-}
-
-void HandleStopSignals(void (*handler)(int)) {
-  struct sigaction action = {};
-  action.sa_handler = handler;
-  action.sa_flags = SA_RESTART;
-  sigaction(SIGTERM, &action, nullptr);
-  sigaction(SIGINT, &action, nullptr);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@
 #include "server/convert.h"
 #include "server/errors.h"
 #include "server/executor/local_executor.h"
+#include "server/stop_signals.h"
 #include "server/worker_service.h"
 #include "store/object_store.h"
 
@@ -44,14 +45,6 @@ constexpr size_t kMaxPendingWarnings = 100;
 // Set by SIGTERM and SIGINT; the heartbeat thread looks at it.
 std::atomic<bool> g_told_to_stop = false;
 static_assert(std::atomic<bool>::is_always_lock_free);
-
-void HandleStopSignals() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { g_told_to_stop = true; };
-  action.sa_flags = SA_RESTART;
-  sigaction(SIGTERM, &action, nullptr);
-  sigaction(SIGINT, &action, nullptr);
-}
 
 absl::Duration FromProto(const google::protobuf::Duration& duration) {
   return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
@@ -278,7 +271,7 @@ absl::Status Run(const WorkOptions& options) {
     // It may have died before the kernel knew.
     if (getppid() != options.parent_pid) return absl::AbortedError("the server is gone");
   }
-  HandleStopSignals();
+  HandleStopSignals([](int) { g_told_to_stop = true; });
   const char* token = getenv(kTokenVariable);
   if (token == nullptr) {
     return absl::InvalidArgumentError(
