@@ -117,6 +117,8 @@ class Run {
   absl::Status ReuseShard(int index, const ShardRecord& record);
   absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
   absl::Status MergeShards();
+  // Of tensors whose results go to `writer`; null while they are measured.
+  TensorRun::Environment EnvironmentOf(ShardWriter* writer);
   absl::Status MeasureTensors();
   absl::Status MergeShard(int index);
   absl::Status CheckInputsUnchanged();
@@ -229,16 +231,7 @@ absl::Status Run::MergeShard(int index) {
                             scheduler_->Wake();
                           },
                       .failed = [this](const absl::Status& status) { scheduler_->Abort(status); }});
-  TensorRun::Environment environment{
-      .scheduler = *scheduler_,
-      .buffers = *buffers_,
-      .writer = &writer,
-      .candidate_bytes = candidate_bytes_,
-      .tile_elements = sizing_.tile_elements,
-      .seed = plan_.options.seed,
-      .allow_nonfinite = options_.allow_nonfinite,
-      .measured = measured_,
-      .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+  TensorRun::Environment environment = EnvironmentOf(&writer);
   size_t next = 0;
   std::mutex order_mutex;  // guards `next`; held while a task waits for memory, so that they come
                            // in order
@@ -290,18 +283,21 @@ absl::Status Run::MergeShard(int index) {
   return SaveState();
 }
 
+TensorRun::Environment Run::EnvironmentOf(ShardWriter* writer) {
+  return {.scheduler = *scheduler_,
+          .buffers = *buffers_,
+          .writer = writer,
+          .candidate_bytes = candidate_bytes_,
+          .tile_elements = sizing_.tile_elements,
+          .seed = plan_.options.seed,
+          .allow_nonfinite = options_.allow_nonfinite,
+          .measured = measured_,
+          .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+}
+
 absl::Status Run::MeasureTensors() {
   if (plan_.measure == nullptr) return absl::OkStatus();
-  TensorRun::Environment environment{
-      .scheduler = *scheduler_,
-      .buffers = *buffers_,
-      .writer = nullptr,
-      .candidate_bytes = candidate_bytes_,
-      .tile_elements = sizing_.tile_elements,
-      .seed = plan_.options.seed,
-      .allow_nonfinite = options_.allow_nonfinite,
-      .measured = {},
-      .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+  TensorRun::Environment environment = EnvironmentOf(/*writer=*/nullptr);
   std::vector<size_t> measured;
   for (size_t i = 0; i < plan_.tensors.size(); ++i) {
     if (plan_.tensors[i].measured) measured.push_back(i);
