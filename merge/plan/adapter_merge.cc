@@ -25,7 +25,6 @@
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
 #include "merge/plan/plan_steps.h"
-#include "merge/plan/sizing.h"
 
 namespace pewter {
 namespace {
@@ -122,10 +121,7 @@ class AdapterMerge {
     Warn();
     RETURN_IF_ERROR(LayOutAdapter(kAdapterFile, plan_));
     AddFiles();
-    ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
-    plan_.peak_bytes = sizing.peak_bytes;
-    RETURN_IF_ERROR(SetFingerprint(recipe_.overrides, plan_));
-    RETURN_IF_ERROR(CheckStrict(plan_));
+    RETURN_IF_ERROR(FinishPlan(recipe_.overrides, plan_));
     return std::move(plan_);
   }
 
@@ -209,13 +205,7 @@ class AdapterMerge {
       return Annotate(tensors.status(), absl::StrCat(ref.at.ToString(), ": adapter ", name));
     }
 
-    const int index = static_cast<int>(plan_.models.size());
-    plan_.models.push_back(
-        {.ref = name, .checkpoint = checkpoint, .file_base = static_cast<int>(plan_.files.size())});
-    plan_.files.insert(plan_.files.end(), checkpoint->files().begin(), checkpoint->files().end());
-    for (const std::string& warning : checkpoint->warnings()) {
-      plan_.warnings.push_back(absl::StrCat("adapter ", name, ": ", warning));
-    }
+    const int index = AddModel("adapter", name, checkpoint, plan_);
     for (const auto& [module, factors] : tensors->factors) {
       modules_[module].push_back(index);
       names_.insert(WeightOf(module));

@@ -26,7 +26,6 @@
 #include "merge/plan/adapter_files.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/plan_steps.h"
-#include "merge/plan/sizing.h"
 
 namespace pewter {
 namespace {
@@ -114,8 +113,10 @@ class Extraction {
   absl::StatusOr<Plan> Make() {
     RETURN_IF_ERROR(ResolveOptions(plan_.options));
     RETURN_IF_ERROR(CheckOptions());
-    RETURN_IF_ERROR(Open(extract_.model));
-    RETURN_IF_ERROR(Open(extract_.base));
+    for (const ModelRef& ref : {extract_.model, extract_.base}) {
+      ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open(ref));
+      AddModel("model", ref.ToString(), std::move(checkpoint), plan_);
+    }
     RETURN_IF_ERROR(FindTensors());
     for (const auto& [tensor, stored] : tensors_) RETURN_IF_ERROR(Sort(tensor));
     RETURN_IF_ERROR(CheckNames());
@@ -124,10 +125,7 @@ class Extraction {
     Warn();
     RETURN_IF_ERROR(LayOutAdapter(kAdapterFile, plan_));
     AddFiles();
-    ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
-    plan_.peak_bytes = sizing.peak_bytes;
-    RETURN_IF_ERROR(SetFingerprint({}, plan_));
-    RETURN_IF_ERROR(CheckStrict(plan_));
+    RETURN_IF_ERROR(FinishPlan({}, plan_));
     return std::move(plan_);
   }
 
@@ -168,15 +166,6 @@ class Extraction {
       rank_of_.emplace_back(std::move(regex), rank);
     }
     rank_of_used_.resize(rank_of_.size());
-    return absl::OkStatus();
-  }
-
-  absl::Status Open(const ModelRef& ref) {
-    ASSIGN_OR_RETURN(std::shared_ptr<const Checkpoint> checkpoint, Checkpoint::Open(ref));
-    plan_.models.push_back({.ref = ref.ToString(),
-                            .checkpoint = checkpoint,
-                            .file_base = static_cast<int>(plan_.files.size())});
-    plan_.files.insert(plan_.files.end(), checkpoint->files().begin(), checkpoint->files().end());
     return absl::OkStatus();
   }
 

@@ -23,7 +23,6 @@
 #include "merge/plan/output_files.h"
 #include "merge/plan/plan_steps.h"
 #include "merge/plan/prompt_tokens.h"
-#include "merge/plan/sizing.h"
 
 namespace pewter {
 namespace {
@@ -61,10 +60,7 @@ class MoePlanner {
     ListUnused();
     RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
     RETURN_IF_ERROR(AddFiles());
-    ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
-    plan_.peak_bytes = sizing.peak_bytes;
-    RETURN_IF_ERROR(SetFingerprint(recipe_.overrides, plan_));
-    RETURN_IF_ERROR(CheckStrict(plan_));
+    RETURN_IF_ERROR(FinishPlan(recipe_.overrides, plan_));
     return std::move(plan_);
   }
 
@@ -79,17 +75,7 @@ class MoePlanner {
     if ((*checkpoint)->raw()) {
       return RecipeAt(ref.at, absl::StrCat("model ", name, " has no config.json"));
     }
-    const int index = static_cast<int>(plan_.models.size());
-    model_index_[name] = index;
-    plan_.models.push_back({.ref = name,
-                            .checkpoint = *checkpoint,
-                            .file_base = static_cast<int>(plan_.files.size())});
-    plan_.files.insert(plan_.files.end(), (*checkpoint)->files().begin(),
-                       (*checkpoint)->files().end());
-    for (const std::string& warning : (*checkpoint)->warnings()) {
-      plan_.warnings.push_back(absl::StrCat("model ", name, ": ", warning));
-    }
-    return index;
+    return model_index_[name] = AddModel("model", name, *std::move(checkpoint), plan_);
   }
 
   absl::Status OpenModels() {
@@ -305,7 +291,7 @@ class MoePlanner {
             at.ToString(), ": ", encoded->left_out,
             " characters of a prompt have no token in the base's tokenizer and are left out"));
       }
-      all.push_back(std::move(encoded->ids));
+      all.emplace_back(encoded->ids.begin(), encoded->ids.end());
     }
     std::vector<double> sum(hidden_, 0.0);
     std::vector<float> row(hidden_);
@@ -645,13 +631,9 @@ class MoePlanner {
       if (!unused.empty()) plan_.unused_tensors[plan_.models[i].ref] = std::move(unused);
     }
     if (unknown.empty()) return;
-    constexpr size_t kNamesShown = 5;
-    const size_t count = unknown.size();
-    unknown.resize(std::min(count, kNamesShown));
     plan_.warnings.push_back(absl::StrCat(
-        count, " of the tensors of model ", plan_.models[0].ref, " are not part of ",
-        architecture_->name(), " and are left out: ", absl::StrJoin(unknown, ", "),
-        count > kNamesShown ? absl::StrCat(" and ", count - kNamesShown, " more") : std::string()));
+        unknown.size(), " of the tensors of model ", plan_.models[0].ref, " are not part of ",
+        architecture_->name(), " and are left out: ", Listed(unknown)));
   }
 
   // --- files -----------------------------------------------------------------------------------

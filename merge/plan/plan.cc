@@ -20,7 +20,6 @@
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
 #include "merge/plan/plan_steps.h"
-#include "merge/plan/sizing.h"
 #include "merge/plan/stage_store.h"
 #include "merge/plan/tokenizer.h"
 
@@ -94,10 +93,7 @@ class Planner {
     ListUnused();
     RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
     RETURN_IF_ERROR(AddFiles());
-    ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan_));
-    plan_.peak_bytes = sizing.peak_bytes;
-    RETURN_IF_ERROR(SetFingerprint(recipe_.overrides, plan_));
-    RETURN_IF_ERROR(CheckStrict(plan_));
+    RETURN_IF_ERROR(FinishPlan(recipe_.overrides, plan_));
     return std::move(plan_);
   }
 
@@ -114,15 +110,7 @@ class Planner {
     if (!checkpoint.ok()) {
       return Annotate(checkpoint.status(), ref.at.ToString());
     }
-    model_index_[name] = static_cast<int>(plan_.models.size());
-    plan_.models.push_back({.ref = name,
-                            .checkpoint = *checkpoint,
-                            .file_base = static_cast<int>(plan_.files.size())});
-    plan_.files.insert(plan_.files.end(), (*checkpoint)->files().begin(),
-                       (*checkpoint)->files().end());
-    for (const std::string& warning : (*checkpoint)->warnings()) {
-      plan_.warnings.push_back(absl::StrCat("model ", name, ": ", warning));
-    }
+    model_index_[name] = AddModel("model", name, *checkpoint, plan_);
     if ((*checkpoint)->raw() && !plan_.options.name_by_name &&
         (*checkpoint)->store().Stat(kAdapterConfigFile).ok()) {
       plan_.warnings.push_back(absl::StrCat(

@@ -5,37 +5,20 @@
 #include <algorithm>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/digest.h"
 #include "base/status.h"
 #include "kernels/backends.h"
+#include "merge/plan/sizing.h"
 
 namespace pewter {
 namespace {
 
 // Part of the fingerprint: raised when the same recipe and inputs give other bytes.
 constexpr absl::string_view kPlanFormat = "pewter-plan-1";
-
-}  // namespace
-
-absl::Status ResolveOptions(PlanOptions& options) {
-  if (options.memory_bytes < 0 || options.threads < 0 || options.shard_bytes <= 0) {
-    return absl::InvalidArgumentError(
-        "memory and threads must not be negative, and a shard needs at least one byte");
-  }
-  if (options.memory_bytes == 0) {
-    const int64_t ram = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
-    options.memory_bytes = std::min(int64_t{4} << 30, ram / 4);
-  }
-  if (options.threads == 0) {
-    options.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  }
-  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
-  options.device = device.ToString();
-  return absl::OkStatus();
-}
 
 absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string>>& overrides,
                             Plan& plan) {
@@ -85,7 +68,43 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
   return absl::OkStatus();
 }
 
-absl::Status CheckStrict(const Plan& plan) {
+}  // namespace
+
+absl::Status ResolveOptions(PlanOptions& options) {
+  if (options.memory_bytes < 0 || options.threads < 0 || options.shard_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        "memory and threads must not be negative, and a shard needs at least one byte");
+  }
+  if (options.memory_bytes == 0) {
+    const int64_t ram = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+    options.memory_bytes = std::min(int64_t{4} << 30, ram / 4);
+  }
+  if (options.threads == 0) {
+    options.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
+  options.device = device.ToString();
+  return absl::OkStatus();
+}
+
+int AddModel(absl::string_view kind, std::string ref, std::shared_ptr<const Checkpoint> checkpoint,
+             Plan& plan) {
+  const std::vector<InputFile>& files = checkpoint->files();
+  for (const std::string& warning : checkpoint->warnings()) {
+    plan.warnings.push_back(absl::StrCat(kind, " ", ref, ": ", warning));
+  }
+  plan.models.push_back({.ref = std::move(ref),
+                         .checkpoint = std::move(checkpoint),
+                         .file_base = static_cast<int>(plan.files.size())});
+  plan.files.insert(plan.files.end(), files.begin(), files.end());
+  return static_cast<int>(plan.models.size()) - 1;
+}
+
+absl::Status FinishPlan(const std::vector<std::pair<std::string, std::string>>& overrides,
+                        Plan& plan) {
+  ASSIGN_OR_RETURN(const Sizing sizing, SizeRun(plan));
+  plan.peak_bytes = sizing.peak_bytes;
+  RETURN_IF_ERROR(SetFingerprint(overrides, plan));
   if (!plan.options.strict || plan.warnings.empty()) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("warnings are errors (strict): ", absl::StrJoin(plan.warnings, "; ")));
