@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <optional>
+#include <queue>
 #include <string>
 #include <utility>
 
@@ -21,6 +22,7 @@
 #include "base/status.h"
 #include "merge/checkpoint/dotted_key.h"
 #include "merge/plan/json_text.h"
+#include "merge/plan/tokenizer_files.h"
 #include "merge/plan/utf8.h"
 #include "store/object_store.h"
 
@@ -30,13 +32,13 @@ namespace {
 using icu::UnicodeString;
 using nlohmann::json;
 
-// As tokenizer_files.cc reads it.
-constexpr int64_t kMaxTokenizerBytes = int64_t{128} << 20;
 constexpr int64_t kMaxId = int64_t{1} << 24;
 // Of a pattern on one text: units of ICU, about milliseconds, and bytes.
 constexpr int32_t kPatternTime = 1000, kPatternStack = 1 << 20;
 // What the library takes an unknown character of a Unigram model to cost more than any token.
 constexpr double kUnknownPenalty = 10;
+// Every stretch of a text up to the longest token is looked up in a Unigram model.
+constexpr size_t kMaxUnigramBytes = 1024;
 
 // GPT-2's pattern, also of byte-level tokenizers that give none.
 constexpr char kByteLevelPattern[] =
@@ -460,6 +462,7 @@ absl::StatusOr<Split> ReadSplit(const json& spec) {
 
 // --- models --------------------------------------------------------------------------------------
 
+using Encoded = TextTokenizer::Encoded;
 using Ids = std::vector<int32_t>;
 using IdOf = absl::flat_hash_map<std::string, int32_t>;
 
@@ -479,7 +482,7 @@ class Model {
  public:
   virtual ~Model() = default;
   // Appends the tokens of a piece.
-  virtual void Encode(const std::string& piece, Ids& ids) const = 0;
+  virtual void Encode(const std::string& piece, Encoded& to) const = 0;
 
  protected:
   int32_t Find(const std::string& token) const {
@@ -496,6 +499,14 @@ class Model {
     }
     ids.insert(ids.end(), bytes.begin(), bytes.end());
     return true;
+  }
+  // For characters that no token has.
+  void AppendUnknown(size_t characters, Encoded& to) const {
+    if (unknown_ >= 0) {
+      to.ids.push_back(unknown_);
+    } else {
+      to.left_out += static_cast<int64_t>(characters);
+    }
   }
 
   IdOf ids_;
@@ -525,6 +536,10 @@ class BytePairModel final : public Model {
     fuse_unknown_ = Flag(spec, "fuse_unk", false);
     byte_fallback_ = Flag(spec, "byte_fallback", false);
     ignore_merges_ = Flag(spec, "ignore_merges", false);
+    const auto dropout = spec.find("dropout");
+    if (dropout != spec.end() && !dropout->is_null() && *dropout != 0.0) {
+      return absl::UnimplementedError("model.dropout makes tokens random");
+    }
     unknown_ = Find(Word(spec, "unk_token", ""));
     const auto merges = spec.find("merges");
     if (merges == spec.end() || !merges->is_array()) {
@@ -553,31 +568,64 @@ class BytePairModel final : public Model {
     return absl::OkStatus();
   }
 
-  void Encode(const std::string& piece, Ids& ids) const override {
+  // Of neighbours that can merge, those with the lowest rank do, the leftmost first.
+  void Encode(const std::string& piece, Encoded& to) const override {
     if (const int32_t whole = Find(piece); ignore_merges_ && whole >= 0) {
-      ids.push_back(whole);
+      to.ids.push_back(whole);
       return;
     }
-    Ids symbols = Symbols(piece);
-    while (symbols.size() > 1) {
-      size_t best = 0;
-      std::pair<int32_t, int32_t> merge(std::numeric_limits<int32_t>::max(), -1);
-      for (size_t i = 0; i + 1 < symbols.size(); ++i) {
-        const auto found = merges_.find({symbols[i], symbols[i + 1]});
-        if (found == merges_.end() || found->second.first >= merge.first) continue;
-        merge = found->second;
-        best = i;
+    struct Symbol {
+      int32_t id = 0;  // -1: it went into the one before
+      int previous = -1, next = -1;
+    };
+    const Ids characters = Characters(piece, to.left_out);
+    const int count = static_cast<int>(characters.size());
+    std::vector<Symbol> symbols(count);
+    for (int i = 0; i < count; ++i) symbols[i] = {characters[i], i - 1, i + 1 < count ? i + 1 : -1};
+    struct Candidate {
+      int32_t rank = 0;
+      int left = 0;
+      std::pair<int32_t, int32_t> pair;
+      int32_t merged = 0;
+    };
+    const auto later = [](const Candidate& a, const Candidate& b) {
+      return std::pair(a.rank, a.left) > std::pair(b.rank, b.left);
+    };
+    std::priority_queue<Candidate, std::vector<Candidate>, decltype(later)> queue(later);
+    const auto consider = [&](int left) {
+      if (left < 0 || symbols[left].next < 0) return;
+      const std::pair<int32_t, int32_t> pair(symbols[left].id, symbols[symbols[left].next].id);
+      if (const auto found = merges_.find(pair); found != merges_.end()) {
+        queue.push({found->second.first, left, pair, found->second.second});
       }
-      if (merge.second < 0) break;
-      symbols[best] = merge.second;
-      symbols.erase(symbols.begin() + static_cast<int64_t>(best) + 1);
+    };
+    for (int i = 0; i < count; ++i) consider(i);
+    while (!queue.empty()) {
+      const Candidate best = queue.top();
+      queue.pop();
+      Symbol& left = symbols[best.left];
+      // What was queued before a neighbour changed is stale.
+      if (left.id != best.pair.first || left.next < 0 ||
+          symbols[left.next].id != best.pair.second) {
+        continue;
+      }
+      Symbol& right = symbols[left.next];
+      left.id = best.merged;
+      right.id = -1;
+      left.next = right.next;
+      if (left.next >= 0) symbols[left.next].previous = best.left;
+      consider(left.previous);
+      consider(best.left);
     }
-    ids.insert(ids.end(), symbols.begin(), symbols.end());
+    for (const Symbol& symbol : symbols) {
+      if (symbol.id >= 0) to.ids.push_back(symbol.id);
+    }
   }
 
  private:
-  Ids Symbols(const std::string& piece) const {
-    Ids symbols;
+  // The tokens of single characters.
+  Ids Characters(const std::string& piece, int64_t& left_out) const {
+    Encoded single;
     bool after_unknown = false;
     const std::vector<std::string> characters = SplitCharacters(piece);
     for (size_t i = 0; i < characters.size(); ++i) {
@@ -585,17 +633,17 @@ class BytePairModel final : public Model {
       if (i + 1 == characters.size()) absl::StrAppend(&symbol, suffix_);
       const int32_t id = Find(symbol);
       const bool known = id >= 0;
-      if (known) symbols.push_back(id);
-      if (!known && byte_fallback_ && AppendBytes(characters[i], symbols)) {
+      if (known) single.ids.push_back(id);
+      if (!known && byte_fallback_ && AppendBytes(characters[i], single.ids)) {
         after_unknown = false;
         continue;
       }
-      if (!known && unknown_ >= 0 && !(fuse_unknown_ && after_unknown)) {
-        symbols.push_back(unknown_);
-      }
+      const bool fused = fuse_unknown_ && after_unknown && unknown_ >= 0;
+      if (!known && !fused) AppendUnknown(1, single);
       after_unknown = !known;
     }
-    return symbols;
+    left_out += single.left_out;
+    return std::move(single.ids);
   }
 
   absl::flat_hash_map<std::pair<int32_t, int32_t>, std::pair<int32_t, int32_t>>
@@ -616,7 +664,7 @@ class WordPieceModel final : public Model {
     return absl::OkStatus();
   }
 
-  void Encode(const std::string& piece, Ids& ids) const override {
+  void Encode(const std::string& piece, Encoded& to) const override {
     const std::vector<std::string> characters = SplitCharacters(piece);
     Ids found;
     size_t start = 0;
@@ -636,9 +684,9 @@ class WordPieceModel final : public Model {
       start = end;
     }
     if (start == characters.size()) {
-      ids.insert(ids.end(), found.begin(), found.end());
-    } else if (unknown_ >= 0) {
-      ids.push_back(unknown_);
+      to.ids.insert(to.ids.end(), found.begin(), found.end());
+    } else {
+      AppendUnknown(characters.size(), to);
     }
   }
 
@@ -661,6 +709,9 @@ class UnigramModel final : public Model {
         return absl::DataLossError("model.vocab has an entry that is not [token, score]");
       }
       const auto& token = entry[0].get_ref<const std::string&>();
+      if (token.size() > kMaxUnigramBytes) {
+        return absl::UnimplementedError("model.vocab has a token of more than a kibibyte");
+      }
       longest_ = std::max(longest_, token.size());
       ids_.try_emplace(token, static_cast<int32_t>(scores_.size()));
       scores_.push_back(entry[1].get<double>());
@@ -677,7 +728,7 @@ class UnigramModel final : public Model {
     return absl::OkStatus();
   }
 
-  void Encode(const std::string& piece, Ids& ids) const override {
+  void Encode(const std::string& piece, Encoded& to) const override {
     struct Best {
       double score = -std::numeric_limits<double>::infinity();
       size_t start = 0;
@@ -711,14 +762,14 @@ class UnigramModel final : public Model {
     // Unknown characters that follow one another are one unknown token.
     for (size_t i = 0; i < path.size(); ++i) {
       if (path[i].second >= 0) {
-        ids.push_back(path[i].second);
+        to.ids.push_back(path[i].second);
         continue;
       }
       Range range = path[i].first;
       while (i + 1 < path.size() && path[i + 1].second < 0) range.second = path[++i].first.second;
       const std::string text = piece.substr(range.first, range.second - range.first);
-      if (byte_fallback_ && AppendBytes(text, ids)) continue;
-      if (unknown_ >= 0) ids.push_back(unknown_);
+      if (byte_fallback_ && AppendBytes(text, to.ids)) continue;
+      AppendUnknown(SplitCharacters(text).size(), to);
     }
   }
 
@@ -737,9 +788,12 @@ class WordLevelModel final : public Model {
     return absl::OkStatus();
   }
 
-  void Encode(const std::string& piece, Ids& ids) const override {
-    const int32_t id = Find(piece);
-    if (id >= 0 || unknown_ >= 0) ids.push_back(id >= 0 ? id : unknown_);
+  void Encode(const std::string& piece, Encoded& to) const override {
+    if (const int32_t id = Find(piece); id >= 0) {
+      to.ids.push_back(id);
+    } else {
+      AppendUnknown(SplitCharacters(piece).size(), to);
+    }
   }
 };
 
@@ -789,12 +843,12 @@ class FileTokenizer final : public TextTokenizer {
     if (!added->is_array()) return absl::DataLossError("added_tokens is not a list");
     for (const json& entry : *added) {
       const std::string content = entry.is_object() ? Word(entry, "content", "") : "";
-      if (content.empty() || !entry.contains("id") || !entry["id"].is_number_unsigned() ||
-          entry["id"].get<uint64_t>() >= uint64_t{kMaxId}) {
+      if (content.empty() || !entry.contains("id") || !entry["id"].is_number_integer() ||
+          entry["id"].get<int64_t>() < 0 || entry["id"].get<int64_t>() >= kMaxId) {
         return absl::DataLossError("an added token has no content or no id");
       }
       Added token{.content = ToIcu(content),
-                  .id = static_cast<int32_t>(entry["id"].get<uint64_t>()),
+                  .id = static_cast<int32_t>(entry["id"].get<int64_t>()),
                   .single_word = Flag(entry, "single_word", false),
                   .lstrip = Flag(entry, "lstrip", false),
                   .rstrip = Flag(entry, "rstrip", false),
@@ -809,16 +863,16 @@ class FileTokenizer final : public TextTokenizer {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<Ids> Encode(absl::string_view text) const override {
+  absl::StatusOr<Encoded> Encode(absl::string_view text) const override {
     if (text.size() > kMaxTextBytes || !DecodeUtf8(text)) {
       return absl::InvalidArgumentError(
           absl::StrCat("the text is not UTF-8, or longer than ", kMaxTextBytes, " bytes"));
     }
-    Ids ids;
+    Encoded encoded;
     bool first = true;
     for (const Part& part : FindAdded(ToIcu(text), /*normalized=*/false)) {
       if (part.id >= 0) {
-        ids.push_back(part.id);
+        encoded.ids.push_back(part.id);
       } else {
         UnicodeString normal = part.text;
         if (normalize_) {
@@ -826,16 +880,16 @@ class FileTokenizer final : public TextTokenizer {
         }
         for (const Part& inner : FindAdded(normal, /*normalized=*/true)) {
           if (inner.id >= 0) {
-            ids.push_back(inner.id);
+            encoded.ids.push_back(inner.id);
           } else {
-            RETURN_IF_ERROR(EncodePart(inner.text, first, ids));
+            RETURN_IF_ERROR(EncodePart(inner.text, first, encoded));
           }
           first = false;
         }
       }
       first = false;
     }
-    return ids;
+    return encoded;
   }
 
  private:
@@ -845,13 +899,13 @@ class FileTokenizer final : public TextTokenizer {
     int32_t id = -1;
   };
 
-  absl::Status EncodePart(const UnicodeString& text, bool first, Ids& ids) const {
+  absl::Status EncodePart(const UnicodeString& text, bool first, Encoded& to) const {
     Pieces pieces = {text};
     if (split_) {
       ASSIGN_OR_RETURN(pieces, split_(text, first));
     }
     for (const UnicodeString& piece : pieces) {
-      if (!piece.isEmpty()) model_->Encode(FromIcu(piece), ids);
+      if (!piece.isEmpty()) model_->Encode(FromIcu(piece), to);
     }
     return absl::OkStatus();
   }
@@ -904,12 +958,15 @@ class FileTokenizer final : public TextTokenizer {
 
 absl::StatusOr<std::shared_ptr<const TextTokenizer>> TextTokenizer::Parse(absl::string_view name,
                                                                           absl::string_view text) {
+  const auto root = ParseBoundedJson(text);
+  if (!root.ok()) return Annotate(root.status(), name);
+  return Make(name, *root);
+}
+
+absl::StatusOr<std::shared_ptr<const TextTokenizer>> TextTokenizer::Make(
+    absl::string_view name, const nlohmann::json& root) {
   auto tokenizer = std::make_shared<FileTokenizer>();
-  const auto read = [&]() -> absl::Status {
-    ASSIGN_OR_RETURN(const json root, ParseBoundedJson(text));
-    return tokenizer->Read(root);
-  };
-  RETURN_IF_ERROR(Annotate(read(), name));
+  RETURN_IF_ERROR(Annotate(tokenizer->Read(root), name));
   return tokenizer;
 }
 

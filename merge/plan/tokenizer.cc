@@ -676,10 +676,11 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> TokenAlignment::PiecesOf(
       return Annotate(ids.status(), absl::StrCat("model ", models_[model], ", text of token ",
                                                  Printable(tokens_[row])));
     }
-    ids->erase(std::remove_if(ids->begin(), ids->end(),
-                              [&](int32_t id) { return id >= source.shape()[0]; }),
-               ids->end());
-    pieces.push_back(*std::move(ids));
+    std::vector<int32_t>& found = ids->ids;
+    found.erase(std::remove_if(found.begin(), found.end(),
+                               [&](int32_t id) { return id >= source.shape()[0]; }),
+                found.end());
+    pieces.push_back(std::move(found));
   }
   return pieces;
 }

@@ -20,8 +20,6 @@ namespace {
 
 using nlohmann::json;
 
-// The largest tokenizer.json in use are a quarter of this.
-constexpr int64_t kMaxTokenizerBytes = int64_t{128} << 20;
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
 constexpr absl::string_view kFast = "tokenizer.json";

@@ -20,6 +20,9 @@
 
 namespace pewter {
 
+// Larger files are not read. The largest tokenizer.json in use are a quarter of this.
+inline constexpr int64_t kMaxTokenizerBytes = int64_t{128} << 20;
+
 // Token to id.
 using Vocabulary = absl::flat_hash_map<std::string, int64_t>;
 

@@ -97,7 +97,7 @@ TEST_F(PromptTokensTest, AgreesWithTokenizers) {
   kinds["metaspace_first"]["model"]["byte_fallback"] = true;
   kinds["metaspace_always_split"]["pre_tokenizer"] = Metaspace("always", true);
   kinds["metaspace_never"]["pre_tokenizer"] = Metaspace("never", true);
-  const auto check = [&](const char* kind, const std::vector<std::vector<int64_t>>& expected) {
+  const auto check = [&](const char* kind, const std::vector<std::vector<int32_t>>& expected) {
     SCOPED_TRACE(kind);
     const auto made = Make(kinds.at(kind));
     ASSERT_THAT(made, IsOk());
@@ -219,7 +219,7 @@ TEST_F(PromptTokensTest, ByteLevelAgreesWithTokenizers) {
     const std::string both = merge[0] + merge[1];
     if (!vocabulary.contains(both)) vocabulary[both] = vocabulary.size();
   }
-  const auto check = [&](const json& splitter, const std::vector<std::vector<int64_t>>& expected) {
+  const auto check = [&](const json& splitter, const std::vector<std::vector<int32_t>>& expected) {
     SCOPED_TRACE(splitter.dump());
     const json tokenizer = {
         {"added_tokens",
@@ -357,7 +357,7 @@ TEST_F(PromptTokensTest, ClassesThatTransformersMakesAnew) {
   tokenizer["normalizer"] = Prepending();
   const std::vector<std::string> texts = {"<s>the abc", "the the", "a<s>the", "ä x", "  a", "y"};
   const auto check = [&](const char* type, const char* config,
-                         const std::vector<std::vector<int64_t>>& expected) {
+                         const std::vector<std::vector<int32_t>>& expected) {
     SCOPED_TRACE(absl::StrCat(type, " ", config));
     const auto made = Make(tokenizer, config, type);
     ASSERT_THAT(made, IsOk());
@@ -396,9 +396,8 @@ TEST_F(PromptTokensTest, NormalFormC) {
   const auto made = Make(tokenizer);
   ASSERT_THAT(made, IsOk());
   EXPECT_THAT(made->Encode("thé")->ids, ::testing::ElementsAre(11, 10));
-  // An e and an accent, which would become one.
-  EXPECT_THAT(made->Encode("the\xcc\x81").status(),
-              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("NFC")));
+  // An e and an accent, which become one.
+  EXPECT_THAT(made->Encode("the\xcc\x81")->ids, ::testing::ElementsAre(11, 10));
 }
 
 TEST_F(PromptTokensTest, BeginningOfText) {
@@ -416,35 +415,18 @@ TEST_F(PromptTokensTest, RefusesOtherKindsByName) {
                          AllOf(HasSubstr(part), HasSubstr("positive_prompt_ids"))))
         << path;
   };
-  refused("/model/type", "Unigram", "Unigram");
+  refused("/model/type", "Other", "Other");
   refused("/model/dropout", 0.1, "dropout");
-  refused("/model/end_of_word_suffix", "</w>", "end_of_word_suffix");
-  refused("/normalizer", {{"type", "NFKC"}}, "NFKC");
-  refused("/pre_tokenizer", {{"type", "BertPreTokenizer"}}, "BertPreTokenizer");
-  const auto split = [](const char* pattern) {
-    return json{{"type", "Sequence"},
-                {"pretokenizers",
-                 {{{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}},
-                  {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}}}};
-  };
-  // Of other ends, what RE2 does not know or knows otherwise, and what is no expression at all.
-  for (const char* pattern : {R"(\p{L}+|\s+)", R"((?=x)x|\s+(?!\S)|\s+)", R"(\w+|\s+(?!\S)|\s+)",
-                              R"((x)|\s+(?!\S)|\s+)", R"([x|\s+(?!\S)|\s+)"}) {
-    refused("/pre_tokenizer", split(pattern), "splits by");
-  }
-  json others = split("x");
-  others["pretokenizers"].push_back({{"type", "Digits"}});
-  refused("/pre_tokenizer", others, "Sequence");
+  refused("/normalizer", {{"type", "Precompiled"}}, "Precompiled");
+  refused("/pre_tokenizer", {{"type", "UnicodeScripts"}}, "UnicodeScripts");
 }
 
-TEST_F(PromptTokensTest, RefusesTokensWithRulesOfTheirOwn) {
+TEST_F(PromptTokensTest, TokensWithRulesOfTheirOwn) {
   json tokenizer = Tokenizer();
-  tokenizer["added_tokens"].push_back({{"id", 17}, {"content", "ab"}, {"lstrip", true}});
+  tokenizer["added_tokens"].push_back({{"id", 14}, {"content", "ab"}, {"lstrip", true}});
   const auto made = Make(tokenizer);
   ASSERT_THAT(made, IsOk());
-  EXPECT_THAT(made->Encode("the"), IsOk());
-  EXPECT_THAT(made->Encode("tab").status(),
-              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("\"ab\"")));
+  EXPECT_THAT(made->Encode("t  abe")->ids, ::testing::ElementsAre(7, 14, 9));
 }
 
 TEST_F(PromptTokensTest, MalformedFiles) {
@@ -457,7 +439,7 @@ TEST_F(PromptTokensTest, MalformedFiles) {
   json tokenizer = Tokenizer();
   tokenizer["model"]["merges"].push_back({"t", "t"});
   EXPECT_THAT(Make(tokenizer).status(),
-              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("not in the vocabulary")));
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("model.vocab does not have")));
 }
 
 TEST_F(PromptTokensTest, HostileTexts) {
@@ -470,21 +452,6 @@ TEST_F(PromptTokensTest, HostileTexts) {
   EXPECT_THAT(made->Encode(std::string(65 << 10, 'a')).status(),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("bytes")));
   EXPECT_THAT(made->Encode(std::string(64 << 10, 'a')), IsOk());
-}
-
-TEST_F(PromptTokensTest, SplitsThatMakeNothing) {
-  json tokenizer = Tokenizer();
-  tokenizer["pre_tokenizer"] = {
-      {"type", "Sequence"},
-      {"pretokenizers",
-       {{{"type", "Split"},
-         {"pattern", {{"Regex", R"(x*|\s+(?!\S)|\s+)"}}},
-         {"behavior", "Isolated"}},
-        {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}}}};
-  const auto made = Make(tokenizer);
-  ASSERT_THAT(made, IsOk());
-  EXPECT_THAT(made->Encode("the").status(),
-              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("empty words")));
 }
 
 }  // namespace
