@@ -244,6 +244,12 @@ v1::MethodInfo ToMethodInfo(const MergeMethod& method) {
   return info;
 }
 
+v1::MethodInfo ToMethodInfo(const AdapterMethod& method) {
+  v1::MethodInfo info = ToMethodInfo(method.method);
+  info.set_base_model_use(v1::BASE_MODEL_USE_NONE);
+  return info;
+}
+
 v1::JobError ToJobError(const absl::Status& status) {
   v1::JobError error;
   error.set_code(status.raw_code());

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "merge/engine/run.h"
+#include "merge/methods/adapter_method.h"
 #include "merge/methods/method.h"
 #include "merge/plan/plan.h"
 #include "merge/recipe/recipe.h"
@@ -30,6 +31,7 @@ v1::JobState ToState(Phase phase);
 v1::Progress ToProgress(const Progress& progress);
 v1::JobOutput ToOutput(const Manifest& manifest, const std::string& uri);
 v1::MethodInfo ToMethodInfo(const MergeMethod& method);
+v1::MethodInfo ToMethodInfo(const AdapterMethod& method);
 
 // What a status of the merge library says to a client: the code as it is, and a reason for it.
 v1::JobError ToJobError(const absl::Status& status);

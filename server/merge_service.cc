@@ -50,6 +50,9 @@ grpc::Status MergeServiceImpl::PlanMerge(grpc::ServerContext*, const v1::PlanMer
 grpc::Status MergeServiceImpl::ListMethods(grpc::ServerContext*, const v1::ListMethodsRequest*,
                                            v1::ListMethodsResponse* response) {
   for (const MergeMethod* method : Methods()) *response->add_methods() = ToMethodInfo(*method);
+  for (const AdapterMethod* method : AdapterMethods()) {
+    *response->add_adapter_methods() = ToMethodInfo(*method);
+  }
   return grpc::Status::OK;
 }
 

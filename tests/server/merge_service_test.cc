@@ -180,21 +180,25 @@ TEST_F(MergeServiceTest, MethodsHaveWhatClientsNeed) {
   grpc::ClientContext context;
   v1::ListMethodsResponse response;
   ASSERT_TRUE(stub_->ListMethods(&context, v1::ListMethodsRequest(), &response).ok());
-  std::vector<std::string> names;
-  for (const v1::MethodInfo& method : response.methods()) {
-    names.push_back(method.name());
-    EXPECT_NE(method.summary(), "");
-    EXPECT_NE(method.base_model_use(), v1::BASE_MODEL_USE_UNSPECIFIED);
-    EXPECT_GE(method.max_inputs(), method.min_inputs());
-    for (const v1::ParamInfo& param : method.params()) {
-      EXPECT_NE(param.type(), v1::PARAM_TYPE_UNSPECIFIED);
-      EXPECT_NE(param.scope(), v1::PARAM_SCOPE_UNSPECIFIED);
-      EXPECT_NE(param.help(), "");
-      EXPECT_FALSE(param.required() && param.has_default_value());
+  const auto names_of = [](const auto& methods) {
+    std::vector<std::string> names;
+    for (const v1::MethodInfo& method : methods) {
+      names.push_back(method.name());
+      EXPECT_NE(method.summary(), "");
+      EXPECT_NE(method.base_model_use(), v1::BASE_MODEL_USE_UNSPECIFIED);
+      EXPECT_GE(method.max_inputs(), method.min_inputs());
+      for (const v1::ParamInfo& param : method.params()) {
+        EXPECT_NE(param.type(), v1::PARAM_TYPE_UNSPECIFIED);
+        EXPECT_NE(param.scope(), v1::PARAM_SCOPE_UNSPECIFIED);
+        EXPECT_NE(param.help(), "");
+        EXPECT_FALSE(param.required() && param.has_default_value());
+      }
     }
-  }
-  EXPECT_TRUE(std::is_sorted(names.begin(), names.end()));
-  EXPECT_THAT(names, ::testing::IsSupersetOf({"linear", "slerp", "ties"}));
+    EXPECT_TRUE(std::is_sorted(names.begin(), names.end()));
+    return names;
+  };
+  EXPECT_THAT(names_of(response.methods()), ::testing::IsSupersetOf({"linear", "slerp", "ties"}));
+  EXPECT_THAT(names_of(response.adapter_methods()), ::testing::IsSupersetOf({"cat", "ties_svd"}));
 }
 
 TEST_F(MergeServiceTest, PlanTellsWhatIsWrongAsFindings) {
