@@ -3,7 +3,7 @@
 //
 // A group is a set of features that move together: the hidden units of one feed-forward block, the
 // query and key features of one attention, the residual stream. Tensors carry groups on their axes.
-// The families' tables are data: merge/align/symmetries/*.json (compiled in; format: table.h).
+// The families' tables are data: merge/align/symmetries.json (compiled in; format: table.h).
 //
 // A permutation q of a group is a gather: feature i of the reference pairs with feature q[i] of the
 // model that is aligned, and its aligned tensors are W'[i] = W[q[i]] on every axis of the group.
@@ -13,6 +13,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -62,6 +65,7 @@ struct Attention {
   int64_t kv_heads = 0;  // query heads [g * heads / kv_heads, ...) read keys and values of head g
   int64_t head_dim = 0;
   bool rotary = false;  // RoPE: the order inside a query or key head is fixed
+  bool normed = false;  // queries and keys pass a norm (Qwen3): no linear maps of them
   int head_order = -1;  // group of kind kHeads that orders the heads of several attentions at once
 };
 
@@ -113,25 +117,32 @@ class Symmetry {
  public:
   // Of models that are to be aligned with each other; `architecture` is what
   // ResolveArchitecture gives for them. FailedPrecondition for a family without a table (the
-  // message names those that have one), a tensor that the table does not know, head counts or
-  // widths that differ between the models.
+  // message names those that have one), a tensor that the table does not know, head counts, layers
+  // or widths that differ between the models.
   static absl::StatusOr<Symmetry> Make(const Architecture& architecture,
                                        absl::Span<const std::shared_ptr<const Checkpoint>> models);
 
   const std::string& family() const { return family_; }  // "bert"
   const std::vector<SymmetryGroup>& groups() const { return groups_; }
   const std::vector<Attention>& attentions() const { return attentions_; }
-  // All tensors that every model has, tied ones once, in the architecture's order.
+  // All that some model stores, in the architecture's order.
   const std::vector<SymmetricTensor>& tensors() const { return tensors_; }
+
+  // Groups that are another one because the output head is tied to the embeddings: head -> res.
+  const std::map<std::string, std::string>& tied() const { return tied_; }
 
   int FindGroup(absl::string_view name) const;                  // -1 when there is none
   const SymmetricTensor* Find(absl::string_view tensor) const;  // null when there is none
 
  private:
+  friend class SymmetryReader;
+
   std::string family_;
   std::vector<SymmetryGroup> groups_;
   std::vector<Attention> attentions_;
   std::vector<SymmetricTensor> tensors_;
+  std::map<std::string, std::string> tied_;
+  std::map<std::string, int, std::less<>> group_index_, tensor_index_;
 };
 
 }  // namespace pewter

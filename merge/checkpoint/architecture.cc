@@ -1,6 +1,7 @@
 #include "merge/checkpoint/architecture.h"
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -136,6 +137,41 @@ std::shared_ptr<const Architecture> NameByName(const Architecture& family,
   architecture->name_ = family.name();
   architecture->tagalong_files_ = family.tagalong_files();
   architecture->modules_.push_back(std::move(module));
+  return architecture;
+}
+
+absl::StatusOr<std::shared_ptr<const Architecture>> WithAllTensors(
+    std::shared_ptr<const Architecture> family, Models models) {
+  std::map<std::string, size_t> unknown;  // name -> models that have it
+  for (const auto& model : models) {
+    std::set<std::string> known;
+    const auto add = [&](const ArchTensor& tensor) {
+      known.insert(StoredName(*model, tensor, /*with_tied=*/false));
+    };
+    for (const auto& module : family->modules()) {
+      ASSIGN_OR_RETURN(const int64_t layers, module->LayerCount(*model));
+      for (const ArchTensor& tensor : module->pre()) add(tensor);
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        for (const ArchTensor& tensor : module->LayerTensors(layer)) add(tensor);
+      }
+      for (const ArchTensor& tensor : module->post()) add(tensor);
+    }
+    for (const std::string& name : model->tensor_names()) {
+      if (!known.contains(name)) ++unknown[name];
+    }
+  }
+  if (unknown.empty()) return family;
+  auto architecture = std::make_shared<ArchitectureData>();
+  architecture->name_ = family->name();
+  architecture->tagalong_files_ = family->tagalong_files();
+  for (const auto& module : family->modules()) {
+    architecture->modules_.push_back(
+        std::make_unique<ModuleData>(static_cast<const ModuleData&>(*module)));
+  }
+  auto& last = static_cast<ModuleData&>(*architecture->modules_.back());
+  for (const auto& [name, count] : unknown) {
+    last.post_.push_back({.name = name, .optional = count < models.size()});
+  }
   return architecture;
 }
 

@@ -85,4 +85,11 @@ absl::StatusOr<std::shared_ptr<const Architecture>> ResolveArchitecture(
 // know is left out.
 std::shared_ptr<const Architecture> NameByName(const Architecture& family, const Checkpoint& model);
 
+// `family` with what it does not know of the models' tensors as tensors of its last module,
+// optional where a model lacks them: for what must keep every tensor. The same object when it knows
+// all.
+absl::StatusOr<std::shared_ptr<const Architecture>> WithAllTensors(
+    std::shared_ptr<const Architecture> family,
+    absl::Span<const std::shared_ptr<const Checkpoint>> models);
+
 }  // namespace pewter

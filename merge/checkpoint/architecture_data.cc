@@ -4,10 +4,12 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "base/status.h"
 #include "merge/checkpoint/dotted_key.h"
 
@@ -39,6 +41,23 @@ int64_t CountNumbers(absl::Span<const std::string> names, absl::string_view befo
     }
   }
   return count;
+}
+
+std::vector<std::string> ExpandLists(absl::string_view text) {
+  for (size_t open = text.find('{'); open != text.npos; open = text.find('{', open + 1)) {
+    const size_t close = text.find('}', open);
+    const absl::string_view inside = text.substr(open + 1, close - open - 1);
+    if (!absl::StrContains(inside, ',')) continue;
+    std::vector<std::string> result;
+    const std::vector<std::string> rest = ExpandLists(text.substr(close + 1));
+    for (absl::string_view one : absl::StrSplit(inside, ',')) {
+      for (const std::string& ending : rest) {
+        result.push_back(absl::StrCat(text.substr(0, open), one, ending));
+      }
+    }
+    return result;
+  }
+  return {std::string(text)};
 }
 
 std::vector<ArchTensor> ModuleData::LayerTensors(int64_t layer) const {

@@ -55,6 +55,9 @@ using ArchitecturePtr = std::shared_ptr<const ArchitectureData>;
 // A model's config.json; DataLoss when it is not an object.
 absl::StatusOr<nlohmann::json> ParseConfig(const Checkpoint& model);
 
+// "x.{a,b}.{layer}" -> x.a.{layer}, x.b.{layer}. Braced words without a comma stay.
+std::vector<std::string> ExpandLists(absl::string_view text);
+
 // One more than the greatest number that stands behind `before` and in front of `after` in a name
 // (0: there is none). Names that begin with `before` count, and with `anywhere` those that contain
 // it.

@@ -108,24 +108,6 @@ const Tables& AllTables() {
   return *tables;
 }
 
-// "x.{a,b}.{layer}" -> x.a.{layer}, x.b.{layer}. Braced words without a comma stay.
-std::vector<std::string> ExpandLists(absl::string_view text) {
-  for (size_t open = text.find('{'); open != text.npos; open = text.find('{', open + 1)) {
-    const size_t close = text.find('}', open);
-    const absl::string_view inside = text.substr(open + 1, close - open - 1);
-    if (!absl::StrContains(inside, ',')) continue;
-    std::vector<std::string> result;
-    const std::vector<std::string> rest = ExpandLists(text.substr(close + 1));
-    for (absl::string_view one : absl::StrSplit(inside, ',')) {
-      for (const std::string& ending : rest) {
-        result.push_back(absl::StrCat(text.substr(0, open), one, ending));
-      }
-    }
-    return result;
-  }
-  return {std::string(text)};
-}
-
 // Where a braced word other than {layer} stands in a template; npos when there is none.
 std::pair<size_t, size_t> FindCounted(absl::string_view name) {
   for (size_t open = name.find('{'); open != name.npos; open = name.find('{', open + 1)) {
