@@ -63,6 +63,7 @@ class Buffer {
 };
 
 class LinearAlgebra;  // kernels/linear_algebra.h
+class Network;        // kernels/network.h
 
 class Backend {
  public:
@@ -117,6 +118,8 @@ class Backend {
 
   // Owned by the backend. FailedPrecondition when the libraries for it cannot be loaded.
   virtual absl::StatusOr<LinearAlgebra*> linear_algebra() = 0;
+  // Likewise.
+  virtual absl::StatusOr<Network*> network() = 0;
 };
 
 // True as soon as one element of a floating host view is NaN or infinite; `*at` is then its index.

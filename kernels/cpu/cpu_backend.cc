@@ -14,6 +14,7 @@
 #include "base/status.h"
 #include "kernels/arguments.h"
 #include "kernels/cpu/linear_algebra.h"
+#include "kernels/cpu/network.h"
 #include "kernels/cpu/thread_pool.h"
 
 namespace pewter::kernels::cpu {
@@ -68,6 +69,15 @@ void SetInputs(absl::Span<const ConstView> in, int64_t offset, Args& args) {
     args.in[i] = static_cast<const char*>(in[i].data) + offset * ByteWidth(in[i].dtype);
   }
   args.in_dtype = in[0].dtype;
+}
+
+// Those of the same instruction set.
+const NetworkKernels& NetworkKernelsBeside(const KernelTable& table) {
+#if defined(__x86_64__)
+  if (&table == &kAvx512Kernels) return network::kAvx512Kernels;
+  if (&table == &kAvx2Kernels) return network::kAvx2Kernels;
+#endif
+  return network::kBaselineKernels;
 }
 
 class CpuBackend : public Backend {
@@ -241,6 +251,11 @@ class CpuBackend : public Backend {
     return linear_algebra_.get();
   }
 
+  absl::StatusOr<Network*> network() override {
+    if (network_ == nullptr) network_ = MakeNetwork(NetworkKernelsBeside(table_), pool_);
+    return network_.get();
+  }
+
  private:
   // fn(first element, elements, thread), on all threads when there are several pieces.
   template <class F>
@@ -257,6 +272,7 @@ class CpuBackend : public Backend {
   const KernelTable& table_;
   ThreadPool pool_;
   std::unique_ptr<LinearAlgebra> linear_algebra_;
+  std::unique_ptr<Network> network_;
 };
 
 }  // namespace

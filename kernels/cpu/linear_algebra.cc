@@ -1,18 +1,17 @@
 #include "kernels/cpu/linear_algebra.h"
 
-#include <cblas.h>
 #include <lapack.h>
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "kernels/backend.h"
+#include "kernels/cpu/blas.h"
 #include "kernels/linear_algebra_arguments.h"
 
 namespace pewter::kernels::cpu {
@@ -21,32 +20,6 @@ namespace {
 // A product is cut into squares of this side, also along the sum: two operands and the result stay
 // in a core's cache, and widening them is a small share of multiplying. Never depends on threads.
 constexpr int64_t kBlock = 512;
-
-// Of the library's builds the one without threads may not be called by two threads at once: calls
-// then take turns.
-class LibraryCall {
- public:
-  LibraryCall() : lock_(mutex(), std::defer_lock) {
-    static const bool take_turns = openblas_get_parallel() == OPENBLAS_SEQUENTIAL;
-    if (take_turns) lock_.lock();
-  }
-
- private:
-  static std::mutex& mutex() {
-    static auto* const mutex = new std::mutex;
-    return *mutex;
-  }
-  std::unique_lock<std::mutex> lock_;
-};
-
-// The other builds have threads of their own, whose number changes the bits.
-void UseOneThread() {
-  static const bool once = [] {
-    openblas_set_num_threads(1);
-    return true;
-  }();
-  (void)once;
-}
 
 absl::Status NotConverged(absl::string_view what, lapack_int info) {
   return absl::FailedPreconditionError(

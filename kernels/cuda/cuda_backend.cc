@@ -14,6 +14,7 @@
 #include "base/status.h"
 #include "kernels/arguments.h"
 #include "kernels/cuda/linear_algebra.h"
+#include "kernels/cuda/network.h"
 #include "kernels/cuda/plugin.h"
 
 namespace pewter::kernels::cuda {
@@ -176,6 +177,14 @@ class CudaBackend : public Backend {
     return linear_algebra_.get();
   }
 
+  absl::StatusOr<Network*> network() override {
+    if (network_ == nullptr) {
+      RETURN_IF_ERROR(Status(plugin_.open_linear_algebra(stream_), "a forward pass"));
+      network_ = MakeNetwork(plugin_, stream_, name());
+    }
+    return network_.get();
+  }
+
  private:
   absl::StatusOr<std::vector<double>> Reduced(const ReduceOp& op, absl::Span<const ConstView> in,
                                               int64_t first, int64_t block, bool by_columns) {
@@ -201,6 +210,7 @@ class CudaBackend : public Backend {
   Stream* const stream_;
   const std::string description_;
   std::unique_ptr<LinearAlgebra> linear_algebra_;
+  std::unique_ptr<Network> network_;
 };
 
 }  // namespace

@@ -36,6 +36,7 @@ struct Libraries {
   decltype(&cublasDestroy_v2) blas_destroy;
   decltype(&cublasSetStream_v2) blas_set_stream;
   decltype(&cublasDgemm_v2_64) dgemm;
+  decltype(&cublasSgemmStridedBatched_64) sgemm;
   decltype(&cublasDgeam_64) dgeam;
   decltype(&cublasDtrsm_v2_64) dtrsm;
   decltype(&cusolverDnCreate) solver_create;
@@ -80,6 +81,7 @@ Libraries LoadLibraries() {
                  Find(blas, "cublasDestroy_v2", found.blas_destroy) &&
                  Find(blas, "cublasSetStream_v2", found.blas_set_stream) &&
                  Find(blas, "cublasDgemm_v2_64", found.dgemm) &&
+                 Find(blas, "cublasSgemmStridedBatched_64", found.sgemm) &&
                  Find(blas, "cublasDgeam_64", found.dgeam) &&
                  Find(blas, "cublasDtrsm_v2_64", found.dtrsm) &&
                  Find(solver, "cusolverDnCreate", found.solver_create) &&
@@ -356,6 +358,17 @@ int OpenLinearAlgebra(Stream* stream) {
   if (open) return 0;
   CloseLinearAlgebra(stream);
   return kLibraryFailed;
+}
+
+int MultiplyFloats(Stream* stream, const FloatProduct& product) {
+  RETURN_IF_CUDA_ERROR(cudaSetDevice(stream->ordinal));
+  // c^T = op(b)^T op(a)^T.
+  RETURN_IF_LIBRARY_ERROR(TheLibraries().sgemm(
+      stream->linear->blas, product.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+      product.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, product.columns, product.rows, product.inner,
+      &product.alpha, product.b, product.b_stride, product.b_next, product.a, product.a_stride,
+      product.a_next, &product.beta, product.c, product.c_stride, product.c_next, product.batch));
+  return 0;
 }
 
 int Multiply(Stream* stream, const MultiplyCall* call) {

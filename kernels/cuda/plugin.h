@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "kernels/ops/activation.h"
 #include "kernels/ops/op_list.h"
 
 namespace pewter::kernels::cuda {
@@ -16,7 +17,7 @@ namespace pewter::kernels::cuda {
 // Raise the number whenever a struct or the meaning of a function here, or an op's meaning,
 // changes; a change of an op's layout changes the value by itself.
 inline constexpr uint64_t kPluginAbi =
-    (uint64_t{4} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
+    (uint64_t{5} << 32) | (sizeof(MapOp) + sizeof(ReduceOp) * 3 + sizeof(MagnitudeOp) * 5);
 
 struct Stream;
 
@@ -104,6 +105,69 @@ struct SolveCall {
   MatrixArg a, b;
 };
 
+// The operations of a forward pass, as kernels/network.h says; device memory, row-major.
+struct FloatsArg {
+  float* data;  // only read where it is an input
+  int64_t rows, columns, stride;
+};
+struct LinearCall {
+  FloatsArg x, w, y;
+  bool transpose_w;
+  const float* bias;
+  Activation activation;
+  bool add;
+};
+struct GateCall {
+  FloatsArg up, gate;
+  Activation activation;
+};
+struct NormCall {
+  bool centre;
+  float epsilon;
+  FloatsArg x, y;
+  const float* weight;
+  const float* bias;
+};
+struct RotateCall {
+  FloatsArg x;
+  int64_t head, pairs;
+  const int32_t* positions;
+  const float* cos;
+  const float* sin;
+};
+struct AttentionCall {
+  FloatsArg q, k, v, out;
+  int64_t heads, key_heads, head;
+  float scale;
+  bool causal;
+  int64_t window;
+  const int32_t* positions;
+  const float* bias;
+  int64_t distances;
+  const int64_t* starts;  // host
+  int64_t sequences;
+};
+struct GatherCall {
+  FloatsArg x, y;
+  const int32_t* rows;
+};
+struct PredictCall {
+  FloatsArg logits;
+  int64_t first;
+  const int32_t* labels;
+  void* predictions;  // Prediction
+};
+struct MomentsCall {
+  FloatsArg x;
+  double* sums;
+  double* squares;
+};
+struct GramCall {
+  FloatsArg a, b;
+  double* gram;
+  bool lower_only;
+};
+
 // Beyond every cudaError_t.
 enum LinearError : int {
   kLibrariesMissing = 100000,  // cuBLAS or cuSOLVER cannot be loaded
@@ -143,6 +207,17 @@ struct Plugin {
   int (*svd)(Stream* stream, const SvdCall* call);
   int (*qr)(Stream* stream, const QrCall* call);
   int (*solve_pos_def)(Stream* stream, const SolveCall* call);
+
+  // Likewise after open_linear_algebra.
+  int (*linear)(Stream* stream, const LinearCall* call);
+  int (*gate)(Stream* stream, const GateCall* call);
+  int (*normalize)(Stream* stream, const NormCall* call);
+  int (*rotate)(Stream* stream, const RotateCall* call);
+  int (*attention)(Stream* stream, const AttentionCall* call);
+  int (*gather)(Stream* stream, const GatherCall* call);
+  int (*predict)(Stream* stream, const PredictCall* call);
+  int (*add_moments)(Stream* stream, const MomentsCall* call);
+  int (*add_gram)(Stream* stream, const GramCall* call);
 };
 
 // Null when the library was built for another kPluginAbi.

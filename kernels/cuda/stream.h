@@ -40,5 +40,31 @@ int Svd(Stream* stream, const SvdCall* call);
 int Qr(Stream* stream, const QrCall* call);
 int SolvePosDef(Stream* stream, const SolveCall* call);
 const char* DescribeLinearAlgebra(int error);
+// c = alpha op(a) op(b) + beta c in float, `batch` times: the i-th of each begins i strides later.
+struct FloatProduct {
+  bool transpose_a, transpose_b;
+  int64_t rows, columns, inner;
+  float alpha;
+  const float* a;
+  int64_t a_stride, a_next;
+  const float* b;
+  int64_t b_stride, b_next;
+  float beta;
+  float* c;
+  int64_t c_stride, c_next;
+  int64_t batch;
+};
+int MultiplyFloats(Stream* stream, const FloatProduct& product);
+
+// network.cu.
+int Linear(Stream* stream, const LinearCall* call);
+int Gate(Stream* stream, const GateCall* call);
+int Normalize(Stream* stream, const NormCall* call);
+int Rotate(Stream* stream, const RotateCall* call);
+int Attention(Stream* stream, const AttentionCall* call);
+int Gather(Stream* stream, const GatherCall* call);
+int Predict(Stream* stream, const PredictCall* call);
+int AddMoments(Stream* stream, const MomentsCall* call);
+int AddGram(Stream* stream, const GramCall* call);
 
 }  // namespace pewter::kernels::cuda

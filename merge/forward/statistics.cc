@@ -4,10 +4,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "absl/types/span.h"
-#include "base/dtype_names.h"
 #include "base/status.h"
+#include "merge/forward/object_path.h"
 #include "merge/forward/statistics_format.h"
 
 namespace pewter {
@@ -38,17 +37,6 @@ absl::StatusOr<std::vector<std::string>> NamesOf(const SafetensorsHeader& header
   return result;
 }
 
-// Where an object of a path or URI lies.
-absl::StatusOr<std::pair<std::shared_ptr<ObjectStore>, std::string>> Locate(absl::string_view uri) {
-  const size_t slash = uri.rfind('/');
-  const bool folder = slash != absl::string_view::npos;
-  ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store,
-                   OpenStore(!folder      ? "."
-                             : slash == 0 ? "/"
-                                          : uri.substr(0, slash)));
-  return std::make_pair(std::move(store), std::string(folder ? uri.substr(slash + 1) : uri));
-}
-
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const StatisticsReader>> StatisticsReader::Open(
@@ -63,8 +51,8 @@ absl::StatusOr<std::shared_ptr<const StatisticsReader>> StatisticsReader::Open(
 
 absl::StatusOr<std::shared_ptr<const StatisticsReader>> StatisticsReader::Open(
     absl::string_view uri) {
-  ASSIGN_OR_RETURN(auto place, Locate(uri));
-  return Open(std::move(place.first), place.second);
+  ASSIGN_OR_RETURN(ObjectPlace place, LocateObject(uri));
+  return Open(std::move(place.store), place.key);
 }
 
 absl::Status StatisticsReader::Load() {

@@ -58,8 +58,9 @@ class BackendTest : public testing::TestWithParam<std::string> {
   std::unique_ptr<Backend> backend_;
 };
 
-#define INSTANTIATE_ON_BACKENDS(Suite)                                         \
-  INSTANTIATE_TEST_SUITE_P(Backends, Suite, testing::ValuesIn(BackendNames()), \
+#define INSTANTIATE_ON_BACKENDS(Suite)                                             \
+  INSTANTIATE_TEST_SUITE_P(Backends, Suite,                                        \
+                           ::testing::ValuesIn(::pewter::kernels::BackendNames()), \
                            [](const auto& info) { return info.param; })
 
 // Bytes in a backend's memory, filled from and compared with host bytes.
