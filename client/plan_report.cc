@@ -145,6 +145,7 @@ std::string ExplainTensor(const Plan& plan, const PlanTensor& tensor) {
   };
   if (tensor.base.has_value()) add_input(*tensor.base, "base ");
   for (const PlanInput& input : tensor.inputs) add_input(input, "");
+  for (const PlanInput& input : tensor.statistics) add_input(input, "statistics ");
   if (tensor.result_dtype != tensor.dtype) {
     absl::StrAppend(&text, "    rounded to ", SafetensorsName(tensor.result_dtype), ", then to ",
                     SafetensorsName(tensor.dtype), "\n");
@@ -264,6 +265,8 @@ Json PlanToJson(const Plan& plan) {
   for (const PlanTensor& tensor : plan.tensors) {
     Json inputs = Json::array();
     for (const PlanInput& input : tensor.inputs) inputs.push_back(ToJson(input, plan));
+    Json statistics = Json::array();
+    for (const PlanInput& input : tensor.statistics) statistics.push_back(ToJson(input, plan));
     Json parts = Json::array();
     for (const PlanPart& part : tensor.parts) {
       parts.push_back({{"name", part.name}, {"shape", ToJson(part.shape)}});
@@ -281,7 +284,8 @@ Json PlanToJson(const Plan& plan) {
                        {"parameters", ToJson(tensor.params)},
                        {"parameter_origins", ToJson(tensor.origins)},
                        {"base", tensor.base.has_value() ? ToJson(*tensor.base, plan) : Json()},
-                       {"inputs", std::move(inputs)}});
+                       {"inputs", std::move(inputs)},
+                       {"statistics", std::move(statistics)}});
   }
   Json shards = Json::array();
   for (const PlanShard& shard : plan.shards) {

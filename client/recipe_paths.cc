@@ -38,6 +38,7 @@ const YamlNode* FindNode(const YamlNode& node, TextPosition at) {
     if (const YamlNode* found = FindNode(*item, at)) return found;
   }
   for (const YamlNode::Entry& entry : node.entries) {
+    if (const YamlNode* found = FindNode(*entry.key, at)) return found;
     if (const YamlNode* found = FindNode(*entry.value, at)) return found;
   }
   return nullptr;

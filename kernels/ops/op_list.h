@@ -5,6 +5,7 @@
 
 #include "kernels/ops/combination.h"
 #include "kernels/ops/elected_mean.h"
+#include "kernels/ops/fisher_mean.h"
 #include "kernels/ops/fusion.h"
 #include "kernels/ops/near_swap.h"
 #include "kernels/ops/overlap.h"
@@ -16,9 +17,10 @@
 namespace pewter::kernels {
 
 using MapOp = std::variant<WeightedSum, TaskVectorSum, NearSwap, OverlapMean, AxisCombination,
-                           SelectedMean, ImportantElements, ElectedMean>;
-using ReduceOp = std::variant<DotNorms, Gram, DeltaAbsSums, OverlapCounts, SelectedSquares,
-                              CountVarying, Largest, ExpSums, SoftmaxDivergence, ElectedSigns>;
+                           SelectedMean, ImportantElements, ElectedMean, FisherMean>;
+using ReduceOp =
+    std::variant<DotNorms, Gram, DeltaAbsSums, OverlapCounts, SelectedSquares, CountVarying,
+                 Largest, ExpSums, SoftmaxDivergence, ElectedSigns, FisherSums>;
 using MagnitudeOp = std::variant<DeltaMagnitude, ModelVariance, Importance, ScaledMagnitude>;
 
 // Elements of the rows that the views of an op must hold whole; 0: they need not.

@@ -28,8 +28,8 @@ TensorRun::TensorRun(const PlanTensor& tensor, int64_t order, Environment& envir
       order_(order),
       environment_(environment),
       work_dtype_(WorkDType(tensor)),
-      audited_(tensor.inputs.size() + 1, false),
-      reported_(tensor.inputs.size() + 1, false) {}
+      audited_(tensor.inputs.size() + tensor.statistics.size() + 1, false),
+      reported_(audited_.size(), false) {}
 
 class TensorRun::Task : public TaskContext {
  public:
@@ -106,7 +106,9 @@ PhiloxKey TensorRun::random_key(int input) const {
 }
 
 const TensorSource& TensorRun::source(int operand) const {
-  return operand == kBase ? *tensor_.base->source : *tensor_.inputs[operand].source;
+  if (operand == kBase) return *tensor_.base->source;
+  return operand < inputs() ? *tensor_.inputs[operand].source
+                            : *tensor_.statistics[operand - inputs()].source;
 }
 
 int64_t TensorRun::StepOf(Cut cut) const {

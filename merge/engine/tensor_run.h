@@ -50,6 +50,7 @@ class TensorRun : public MethodContext {
   // MethodContext
   int inputs() const override { return static_cast<int>(tensor_.inputs.size()); }
   bool has_base() const override { return tensor_.base.has_value(); }
+  bool has_statistics() const override { return !tensor_.statistics.empty(); }
   const Shape& shape() const override { return tensor_.shape; }
   const ParamValue* shared(absl::string_view param) const override;
   const ParamValue* of_input(int input, absl::string_view param) const override;

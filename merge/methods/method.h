@@ -59,6 +59,13 @@ enum class BaseUse {
   kRequired,
 };
 
+// What a method reads of the statistics files of its models (`statistics` of the recipe).
+enum class StatisticsUse {
+  kNone,
+  kLayerInputs,  // of weights of linear layers: X^T X, where the rows of X are the layer's inputs
+  kLikeTensors,  // of every tensor: one of the same name and shape (a diagonal Fisher matrix)
+};
+
 // Resolved values of one tensor. Absent: the parameter is Unset.
 using ParamValue = std::variant<bool, int64_t, double, std::string>;
 using ParamValues = std::map<std::string, ParamValue>;
@@ -66,6 +73,13 @@ using ParamValues = std::map<std::string, ParamValue>;
 class MethodContext;
 class TaskContext;
 class TensorTask;
+
+// What statistics files have of the layer whose weight a tensor is.
+struct LayerInputs {
+  int64_t width = 0;         // inputs of the layer
+  int axis = 1;              // of the weight, that runs over them
+  std::vector<double> rows;  // of X, by model
+};
 
 // What a method is told of an output tensor while it is planned. Inputs have one dtype and shape.
 struct TensorFacts {
@@ -77,6 +91,8 @@ struct TensorFacts {
   bool vocabulary;     // its rows are tokens
   const ParamValues& params;
   std::vector<const ParamValues*> input_params;
+  const LayerInputs* layer_inputs = nullptr;  // null: the statistics have none
+  bool has_statistics = false;                // operands StatisticsOf(input) are there
 };
 // How a method treats a tensor, where not all alike.
 struct Treatment {
@@ -126,6 +142,8 @@ struct MergeMethod {
   bool selects = false;     // calls SelectLargest
   bool by_rows = false;     // calls ReduceRows, or has ops that need whole rows
   bool by_columns = false;  // calls ReduceColumns
+  bool in_double = false;   // inputs are widened to F64
+  StatisticsUse statistics = StatisticsUse::kNone;
   // What the values of one input must fulfil together; null: nothing. Called while planning.
   absl::Status (*check_input)(const ParamValues& params) = nullptr;
   // Null: all tensors are for `run`. Called while planning.
@@ -165,6 +183,9 @@ class MethodContext {
   // Operands of a pass: indices of inputs; kBase is the base.
   static constexpr int kBase = -1;
   using Operands = absl::Span<const int>;
+  // The operand that is the statistics of an input (StatisticsUse::kLikeTensors), in its dtype.
+  int StatisticsOf(int input) const { return inputs() + input; }
+  virtual bool has_statistics() const = 0;
 
   // One pass: sums of the op's terms over the whole tensor, in a fixed order.
   virtual absl::StatusOr<std::vector<double>> Reduce(const kernels::ReduceOp& op,

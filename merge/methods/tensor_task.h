@@ -22,7 +22,8 @@ class TaskContext {
  public:
   virtual ~TaskContext() = default;
 
-  // The base's index, where the plan's tensor has one; inputs count from 0.
+  // The base's index, where the plan's tensor has one; inputs count from 0, and after them come
+  // their statistics, where the method uses such: X^T X as a matrix of any floating dtype.
   static constexpr int kBase = -1;
 
   virtual kernels::Backend& backend() = 0;

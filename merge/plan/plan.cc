@@ -21,6 +21,7 @@
 #include "merge/plan/parameters.h"
 #include "merge/plan/plan_steps.h"
 #include "merge/plan/stage_store.h"
+#include "merge/plan/statistics_files.h"
 #include "merge/plan/tokenizer.h"
 
 namespace pewter {
@@ -81,12 +82,14 @@ class Planner {
     plan_.method = method_->name;
     RETURN_IF_ERROR(CheckParameters(recipe_, *method_, plan_.warnings));
     RETURN_IF_ERROR(OpenModels());
+    RETURN_IF_ERROR(OpenStatistics());
     RETURN_IF_ERROR(FindArchitecture());
     RETURN_IF_ERROR(SetUpTokenizer());
     RETURN_IF_ERROR(PlanModules());
     if (plan_.tensors.empty()) {
       return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
     }
+    RETURN_IF_ERROR(CheckStatisticsUsed());
     RETURN_IF_ERROR(PlanMeasure());
     WarnOfIdleSettings(recipe_, *method_, param_use_, known_names_, plan_.warnings);
     WarnOfCasts();
@@ -146,6 +149,124 @@ class Planner {
     base_ = recipe_.base_model ? ModelIndex(*recipe_.base_model) : -1;
     donor_ = base_ >= 0 ? base_ : 0;
     return absl::OkStatus();
+  }
+
+  // --- statistics ------------------------------------------------------------------------------
+
+  // They stand among the plan's models, as a tokenizer's model does, so that what is read of them
+  // is recorded.
+  absl::Status OpenStatistics() {
+    if (method_->statistics == StatisticsUse::kNone) {
+      if (!recipe_.statistics.empty()) {
+        plan_.warnings.push_back(absl::StrCat(recipe_.statistics_at.ToString(),
+                                              ": `statistics` has no effect: ", method_->name,
+                                              " needs none"));
+      }
+      return absl::OkStatus();
+    }
+    for (const RecipeStatistics& one : recipe_.statistics) {
+      const auto model = model_index_.find(one.model.ToString());
+      if (model == model_index_.end()) {
+        return RecipeAt(one.model.at, absl::StrCat("`statistics` of model ", one.model.ToString(),
+                                                   ", which is not in the recipe"));
+      }
+      auto file = StatisticsFile::Open(one);
+      if (!file.ok()) return Annotate(file.status(), one.file.at.ToString());
+      const Checkpoint& checkpoint = *file->checkpoint();
+      statistics_.emplace(model->second,
+                          Statistics{static_cast<int>(plan_.models.size()), *std::move(file)});
+      plan_.models.push_back({.ref = one.file.ToString(),
+                              .checkpoint = statistics_.at(model->second).file.checkpoint(),
+                              .file_base = static_cast<int>(plan_.files.size())});
+      plan_.files.insert(plan_.files.end(), checkpoint.files().begin(), checkpoint.files().end());
+    }
+    return absl::OkStatus();
+  }
+
+  // Sets tensor.statistics, and for StatisticsUse::kLayerInputs what the method is told, where the
+  // files have them for the tensor: for all of its inputs or for none.
+  absl::StatusOr<std::optional<LayerInputs>> FindStatistics(bool rearranged, PlanTensor& tensor) {
+    std::optional<LayerInputs> layer;
+    if (method_->statistics == StatisticsUse::kNone) return layer;
+    std::vector<PlanInput> found;
+    const PlanInput* without = nullptr;
+    for (const PlanInput& input : tensor.inputs) {
+      const auto known = statistics_.find(input.model);
+      if (known == statistics_.end()) {
+        return absl::InvalidArgumentError(absl::StrCat(method_->name, " needs `statistics: {",
+                                                       plan_.models[input.model].ref,
+                                                       ": FILE}`, a file for each model"));
+      }
+      const Statistics& statistics = known->second;
+      const Checkpoint& checkpoint = *statistics.file.checkpoint();
+      StatisticsFile::Gram gram;
+      std::string name = input.tensor;
+      if (method_->statistics == StatisticsUse::kLayerInputs) {
+        ASSIGN_OR_RETURN(gram, statistics.file.FindGram(input.tensor));
+        name = gram.tensor;
+      }
+      const TensorInfo* const info = name.empty() ? nullptr : checkpoint.Find(name);
+      if (info == nullptr) {
+        without = &input;
+        continue;
+      }
+      const PlanModel& model = plan_.models[statistics.model];
+      PlanInput one{.model = statistics.model, .tensor = name, .layer = input.layer};
+      ASSIGN_OR_RETURN(one.source, checkpoint.OpenTensor(name, model.file_base));
+      if (method_->statistics == StatisticsUse::kLayerInputs) {
+        if (!layer) layer = LayerInputs{.width = gram.width, .axis = AxisOf(tensor, gram.width)};
+        if (gram.width != layer->width) {
+          return absl::FailedPreconditionError(absl::StrCat(
+              "statistics of ", layer->width, " inputs in ", plan_.models[found[0].model].ref,
+              " and of ", gram.width, " in ", model.ref));
+        }
+        layer->rows.push_back(gram.rows);
+      } else {
+        RETURN_IF_ERROR(CheckLike(*info, input, model, rearranged));
+        if (info->dtype != input.source->dtype()) {
+          one.views.push_back(absl::StrCat(SafetensorsName(info->dtype), " to ",
+                                           SafetensorsName(input.source->dtype())));
+        }
+        one.source = CastSource(std::move(one.source), input.source->dtype());
+      }
+      found.push_back(std::move(one));
+    }
+    if (found.empty()) return layer;
+    if (without != nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the statistics of model ", plan_.models[without->model].ref,
+                       " do not have it, those in ", plan_.models[found[0].model].ref, " do"));
+    }
+    tensor.statistics = std::move(found);
+    return layer;
+  }
+
+  // Along which axis of a weight its layer's inputs lie, as far as its shape tells.
+  static int AxisOf(const PlanTensor& tensor, int64_t width) {
+    return tensor.shape.rank() == 2 && tensor.shape[1] != width && tensor.shape[0] == width ? 0 : 1;
+  }
+
+  absl::Status CheckLike(const TensorInfo& info, const PlanInput& input, const PlanModel& model,
+                         bool rearranged) const {
+    if (rearranged) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          method_->name,
+          " cannot merge vocabularies token by token or cut: its statistics have rows by index"));
+    }
+    if (IsFloat(info.dtype) && info.shape == input.source->shape()) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat(model.ref, " has ", SafetensorsName(info.dtype), " ", info.shape.ToString(),
+                     " for it, and the model ", input.source->shape().ToString()));
+  }
+
+  absl::Status CheckStatisticsUsed() const {
+    if (method_->statistics == StatisticsUse::kNone) return absl::OkStatus();
+    if (std::any_of(plan_.tensors.begin(), plan_.tensors.end(),
+                    [](const PlanTensor& tensor) { return !tensor.statistics.empty(); })) {
+      return absl::OkStatus();
+    }
+    return RecipeAt(recipe_.statistics.empty() ? recipe_.merge_method_at : recipe_.statistics_at,
+                    "the statistics have nothing for any tensor that is merged");
   }
 
   std::vector<std::shared_ptr<const Checkpoint>> Inputs() const {
@@ -609,6 +730,7 @@ class Planner {
       ASSIGN_OR_RETURN(PlanInput input, OpenInput(operand, slice, at));
       models.push_back(input.model);
       sources.push_back(CastSource(input.source, work));
+      if (method_->in_double) sources.back() = CastSource(sources.back(), DType::kF64);
       if (operand.info->dtype != work) {
         input.views.push_back(
             absl::StrCat(SafetensorsName(operand.info->dtype), " to ", SafetensorsName(work)));
@@ -686,7 +808,8 @@ class Planner {
                                             " models and merged from those"));
     }
     if (tensor.method != nullptr && method_->treat != nullptr) {
-      RETURN_IF_ERROR(Annotate(Treat(output, tensor), absl::StrCat("tensor ", output.name)));
+      RETURN_IF_ERROR(Annotate(Treat(output, aligned || cut.has_value(), tensor),
+                               absl::StrCat("tensor ", output.name)));
     }
     return AddTensor(std::move(tensor));
   }
@@ -770,7 +893,8 @@ class Planner {
   }
 
   // Lets the method say how it treats the tensor.
-  absl::Status Treat(const ArchTensor& output, PlanTensor& tensor) const {
+  absl::Status Treat(const ArchTensor& output, bool rearranged, PlanTensor& tensor) {
+    ASSIGN_OR_RETURN(const std::optional<LayerInputs> layer, FindStatistics(rearranged, tensor));
     std::vector<const ParamValues*> of_inputs;
     for (const PlanInput& input : tensor.inputs) of_inputs.push_back(&input.params);
     const PlanInput& any = tensor.base ? *tensor.base : tensor.inputs.front();
@@ -782,7 +906,9 @@ class Planner {
                                      .inputs = static_cast<int>(tensor.inputs.size()),
                                      .vocabulary = output.vocabulary,
                                      .params = tensor.params,
-                                     .input_params = std::move(of_inputs)}));
+                                     .input_params = std::move(of_inputs),
+                                     .layer_inputs = layer ? &*layer : nullptr,
+                                     .has_statistics = !tensor.statistics.empty()}));
     tensor.task = std::move(treatment.task);
     tensor.kind = std::move(treatment.kind);
     tensor.measured = treatment.measured;
@@ -1002,7 +1128,12 @@ class Planner {
   std::optional<TokenAlignment> alignment_;
   VocabularyMatrices donor_matrices_;  // of the tokenizer's model, for `approximate`
   TokenizerEdit tokenizer_edit_;
-  std::optional<int64_t> cut_rows_;  // of vocabulary tensors that were cut to a common size
+  struct Statistics {
+    int model;  // index into plan_.models
+    StatisticsFile file;
+  };
+  std::map<int, Statistics> statistics_;  // by model
+  std::optional<int64_t> cut_rows_;       // of vocabulary tensors that were cut to a common size
   std::vector<ModuleLayers> layers_;
   absl::flat_hash_set<std::string> output_names_;
   absl::flat_hash_set<std::string> known_names_;  // what filters see

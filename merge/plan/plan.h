@@ -72,6 +72,7 @@ struct PlanTensor {
   std::vector<PlanPart> parts;
   std::vector<PlanInput> inputs;  // without the base
   std::optional<PlanInput> base;
+  std::vector<PlanInput> statistics;  // of the inputs, in their order; empty: none
   DType result_dtype =
       DType::kF32;  // the result is rounded to it before `dtype` (mergekit: dtype, then out_dtype)
   ParamValues params;    // of scopes kTensor and kJob

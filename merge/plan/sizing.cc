@@ -38,6 +38,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
       resident += input.source->resident_bytes();
     };
     std::for_each(tensor.inputs.begin(), tensor.inputs.end(), see);
+    std::for_each(tensor.statistics.begin(), tensor.statistics.end(), see);
     if (tensor.base) see(*tensor.base);
     if (tensor.method != nullptr && tensor.shape.rank() > 0) {
       const int64_t row = tensor.shape[tensor.shape.rank() - 1];
@@ -50,7 +51,8 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
     // Copied inputs are read into the result.
     if (tensor.method != nullptr || tensor.task != nullptr) {
       most_operands = std::max<int64_t>(
-          most_operands, static_cast<int64_t>(tensor.inputs.size()) + (tensor.base ? 1 : 0));
+          most_operands, static_cast<int64_t>(tensor.inputs.size() + tensor.statistics.size()) +
+                             (tensor.base ? 1 : 0));
     }
     if (tensor.method != nullptr && tensor.method->selects) {
       candidates = std::max(candidates, static_cast<int64_t>(tensor.inputs.size()) *

@@ -31,24 +31,11 @@ class RecipeReader : private YamlReader {
 
   absl::Status Read(const YamlNode& root) {
     static constexpr Key kKeys[] = {
-        {"name"},
-        {"merge_method"},
-        {"models"},
-        {"slices"},
-        {"modules"},
-        {"base_model"},
-        {"dtype"},
-        {"out_dtype"},
-        {"parameters"},
-        {"tokenizer_source"},
-        {"tokenizer"},
-        {"chat_template"},
-        {"align", kLater},
-        {"calibration", kLater},
-        {"statistics", kLater},
-        {"evaluate", kLater},
-        {"output"},
-        {"arithmetic", kLater},
+        {"name"},          {"merge_method"},        {"models"},     {"slices"},
+        {"modules"},       {"base_model"},          {"dtype"},      {"out_dtype"},
+        {"parameters"},    {"tokenizer_source"},    {"tokenizer"},  {"chat_template"},
+        {"align", kLater}, {"calibration", kLater}, {"statistics"}, {"evaluate", kLater},
+        {"output"},        {"arithmetic", kLater},
     };
     if (root.kind != Kind::kMapping) {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
@@ -71,6 +58,7 @@ class RecipeReader : private YamlReader {
     RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
     RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
     RETURN_IF_ERROR(ReadOutput(root));
+    RETURN_IF_ERROR(ReadStatistics(root));
     RETURN_IF_ERROR(ReadTokenizer(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
       ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
@@ -195,6 +183,31 @@ class RecipeReader : private YamlReader {
       return Expected(*format, "`format`", "safetensors (a model) or lora (an adapter)");
     }
     recipe_.output_format = OutputFormat::kLora;
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadStatistics(const YamlNode& root) {
+    const YamlNode* statistics = root.Find("statistics");
+    if (IsNull(statistics)) return absl::OkStatus();
+    if (statistics->kind != Kind::kMapping) {
+      return Expected(*statistics, "`statistics`", "a mapping of models to files");
+    }
+    recipe_.statistics_at = statistics->at;
+    for (const YamlNode::Entry& entry : statistics->entries) {
+      RecipeStatistics one;
+      ASSIGN_OR_RETURN(one.model, ReadModel(*entry.key, "a key of `statistics`"));
+      ASSIGN_OR_RETURN(one.file, ReadModel(*entry.value, "a file of `statistics`"));
+      if (!one.file.adapter.empty()) {
+        return RecipeError(one.file.at, "a file of `statistics` has no adapter");
+      }
+      for (const RecipeStatistics& other : recipe_.statistics) {
+        if (other.model == one.model) {
+          return RecipeError(one.model.at, absl::StrCat("`statistics` has two files for model ",
+                                                        one.model.ToString()));
+        }
+      }
+      recipe_.statistics.push_back(std::move(one));
+    }
     return absl::OkStatus();
   }
 

@@ -149,6 +149,12 @@ struct RecipeTokenizer {
   TextPosition at;
 };
 
+// A file of what is known of a model besides its weights.
+struct RecipeStatistics {
+  ModelRef model;
+  ModelRef file;
+};
+
 // What the output is.
 enum class OutputFormat {
   kModel,
@@ -174,6 +180,8 @@ struct Recipe {
   OutputFormat output_format = OutputFormat::kModel;
   TextPosition output_format_at;
   ParamScope parameters;
+  std::vector<RecipeStatistics> statistics;
+  TextPosition statistics_at;
   std::optional<RecipeTokenizer> tokenizer;
   std::optional<std::string> chat_template;  // "auto", a known name, or Jinja
   TextPosition chat_template_at;

@@ -17,6 +17,10 @@ std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
     }
   }
   add(recipe.base_model);
+  for (const RecipeStatistics& statistics : recipe.statistics) {
+    add(statistics.model);
+    add(statistics.file);
+  }
   if (recipe.tokenizer.has_value()) {
     add(recipe.tokenizer->model);
     for (const RecipeToken& token : recipe.tokenizer->tokens) add(token.model);

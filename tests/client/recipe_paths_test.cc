@@ -34,6 +34,18 @@ class RecipePathsTest : public testing::Test {
   fs::path folder_;
 };
 
+TEST_F(RecipePathsTest, ChangesModelsAndFilesOfStatistics) {
+  EXPECT_EQ(Rewritten("merge_method: linear\n"
+                      "models: [{model: ./here}]\n"
+                      "statistics: {./here: ./s.safetensors}\n"),
+            "merge_method: linear\n"
+            "models: [{model: " +
+                At("here") +
+                "}]\n"
+                "statistics: {" +
+                At("here") + ": " + At("s.safetensors") + "}\n");
+}
+
 TEST_F(RecipePathsTest, ChangesModelsOfTokens) {
   EXPECT_EQ(Rewritten("merge_method: linear\n"
                       "models: [{model: /a}]\n"

@@ -139,6 +139,11 @@ std::vector<MapOp> SampleMapOps() {
       ops.push_back(op);
     }
   }
+  for (int count : {1, 2, 4}) {
+    FisherMean op{.count = count, .epsilon = count == 2 ? 0 : 0.01};
+    for (int i = 0; i < count; ++i) op.weight[i] = 0.2 + 0.4 * i;
+    ops.push_back(op);
+  }
   return ops;
 }
 
@@ -395,6 +400,7 @@ std::vector<ReduceOp> SampleReduceOps() {
           sums,
           squares,
           CountVarying{{.count = 2}},
+          FisherSums{.count = 3},
           Gram{.count = 3},
           Gram{.count = 2, .from_base = true},
           OverlapCounts{{.count = 3, .epsilon = 0.0625}}};

@@ -340,4 +340,28 @@ std::vector<T> EvaluateTerms(const ElectedSigns& op, const std::vector<T>& x, in
   return {mass > 0 ? T{1} : mass < 0 ? T{-1} : T{0}};
 }
 
+template <class T>
+T Evaluate(const FisherMean& op, const std::vector<T>& x, int64_t) {
+  T sum = 0, divisor = 0, plain = 0, weights = 0;
+  for (int i = 0; i < op.count; ++i) {
+    const T weight = static_cast<T>(op.weight[i]);
+    const T certainty = (x[op.count + i] + static_cast<T>(op.epsilon)) * weight;
+    sum += x[i] * certainty;
+    divisor += certainty;
+    plain += x[i] * weight;
+    weights += weight;
+  }
+  return divisor == 0 ? plain / weights : sum / divisor;
+}
+
+template <class T>
+std::vector<T> EvaluateTerms(const FisherSums& op, const std::vector<T>& x, int64_t) {
+  std::vector<T> terms;
+  for (int i = 0; i < op.count; ++i) {
+    terms.push_back(x[i] * x[i]);
+    terms.push_back(x[i] < 0 ? T{1} : T{0});
+  }
+  return terms;
+}
+
 }  // namespace pewter::kernels::reference

@@ -96,6 +96,35 @@ TEST(RecipeTest, ReadsModelMappings) {
   EXPECT_EQ(sources[1].model.path, "./plain");
 }
 
+TEST(RecipeTest, ReadsStatistics) {
+  const auto recipe = Parse(
+      "merge_method: linear\nmodels: [{model: ./a}, {model: ./b+./lora}]\n"
+      "statistics:\n  ./a: ./a.safetensors\n  ./b+./lora: {model: {path: ./odd@b.safetensors}}\n");
+  ASSERT_THAT(recipe, IsOk());
+  ASSERT_EQ(recipe->statistics.size(), 2u);
+  EXPECT_EQ(recipe->statistics[0].model.path, "./a");
+  EXPECT_EQ(recipe->statistics[0].file.path, "./a.safetensors");
+  EXPECT_EQ(recipe->statistics[1].model.ToString(), "./b+./lora");
+  EXPECT_EQ(recipe->statistics[1].file.path, "./odd@b.safetensors");
+  EXPECT_EQ(recipe->statistics[1].file.at.ToString(), "recipe:5:15");
+  EXPECT_THAT(recipe->warnings, IsEmpty());
+  // A server must allow these files as it must allow models.
+  std::vector<std::string> paths;
+  for (const ModelRef& model : ReferencedModels(*recipe)) paths.push_back(model.path);
+  EXPECT_THAT(paths,
+              ElementsAre("./a", "./b", "./a", "./a.safetensors", "./b", "./odd@b.safetensors"));
+
+  const auto status = [](const std::string& statistics) {
+    return Parse("merge_method: linear\nmodels: [{model: ./a}]\nstatistics: " + statistics + "\n")
+        .status();
+  };
+  EXPECT_THAT(status("./a.safetensors"),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("recipe:3:13")));
+  EXPECT_THAT(status("{./a: ./x, './a': ./y}"), StatusIs(absl::StatusCode::kInvalidArgument, _));
+  EXPECT_THAT(status("{./a: ./x+./y}"),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("recipe:3:20")));
+}
+
 TEST(RecipeTest, ReadsSlicesAndModules) {
   const auto recipe = Parse(
       "merge_method: passthrough\n"
