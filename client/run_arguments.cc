@@ -4,6 +4,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "client/commands.h"
@@ -16,9 +17,27 @@ namespace pewter::client {
 
 namespace {
 
+// As evaluation.json has it.
+void AppendEvaluation(const Json& evaluation, std::string& text) {
+  absl::StrAppendFormat(&text, "\n  loss %.4f, perplexity %.2f, accuracy %.4f of %d predictions",
+                        evaluation["loss"].get<double>(), evaluation["perplexity"].get<double>(),
+                        evaluation["accuracy"].get<double>(),
+                        evaluation["predictions"].get<int64_t>());
+  for (const auto& line : evaluation["lines"]) {
+    for (const auto& curve : line["curves"]) {
+      absl::StrAppendFormat(&text, "\n  %s to %s, %s: loss barrier %.3f at lambda %g",
+                            line["b"].get<std::string>(), line["a"].get<std::string>(),
+                            curve["label"].get<std::string>(), curve["barrier"].get<double>(),
+                            curve["barrier_at"].get<double>());
+    }
+  }
+}
+
 void PrintResult(Output& out, const std::string& output, absl::string_view done, const Plan& plan,
                  const Manifest& manifest) {
   const double rate = manifest.seconds > 0 ? manifest.bytes_written / manifest.seconds : 0;
+  const Json evaluation =
+      manifest.evaluation_json.empty() ? Json() : Json::parse(manifest.evaluation_json);
   if (out.json()) {
     out.Print({{"output", output},
                {"method", plan.method},
@@ -30,6 +49,7 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
                {"seconds", manifest.seconds},
                {"bytes_per_second", rate},
                {"fingerprint", manifest.fingerprint},
+               {"evaluation", evaluation},
                {"warnings", manifest.warnings}});
     return;
   }
@@ -46,6 +66,7 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
     absl::StrAppend(&text, "; ", FormatCount(manifest.shards_reused, "finished file"),
                     " of the interrupted run kept");
   }
+  if (!evaluation.is_null()) AppendEvaluation(evaluation, text);
   if (!manifest.warnings.empty()) {
     absl::StrAppend(&text, "\n  ", FormatCount(manifest.warnings.size(), "warning"));
   }

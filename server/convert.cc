@@ -195,6 +195,7 @@ v1::JobState ToState(Phase phase) {
       return v1::JOB_STATE_RUNNING;
     // Done is for FinishJob to say.
     case Phase::kPublishing:
+    case Phase::kEvaluating:
     case Phase::kDone:
       return v1::JOB_STATE_PUBLISHING;
   }

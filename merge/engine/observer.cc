@@ -10,6 +10,8 @@ absl::string_view PhaseName(Phase phase) {
       return "merging";
     case Phase::kPublishing:
       return "publishing";
+    case Phase::kEvaluating:
+      return "evaluating";
     case Phase::kDone:
       return "done";
   }

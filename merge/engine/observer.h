@@ -9,7 +9,7 @@
 
 namespace pewter {
 
-enum class Phase { kPlanning, kMerging, kPublishing, kDone };
+enum class Phase { kPlanning, kMerging, kPublishing, kEvaluating, kDone };
 absl::string_view PhaseName(Phase phase);  // "planning", ...
 
 // A snapshot: latest wins.

@@ -21,6 +21,7 @@
 #include "merge/engine/stages.h"
 #include "merge/engine/tensor_run.h"
 #include "merge/engine/tile_scheduler.h"
+#include "merge/evaluate/evaluation.h"
 #include "merge/plan/sizing.h"
 
 namespace pewter {
@@ -123,6 +124,7 @@ class Run {
   absl::Status MergeShard(int index);
   absl::Status CheckInputsUnchanged();
   absl::Status Publish();
+  absl::Status EvaluateOutput();
   absl::Status WriteAux(const std::string& name, absl::string_view text);
   absl::Status SaveState();
 
@@ -141,6 +143,7 @@ class Run {
   RunState state_;  // guarded by mutex_ while shards are merged
   int64_t shards_reused_ = 0;
   std::vector<OutputFile> aux_files_;
+  std::string evaluation_json_;
 };
 
 absl::Status Run::PrepareOutput() {
@@ -208,7 +211,10 @@ absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
         key.find('/') == absl::string_view::npos &&
         (absl::StartsWith(key, "model") || absl::StartsWith(key, "adapter_model")) &&
         absl::EndsWith(key, ".safetensors");
-    if (weights) RETURN_IF_ERROR(output_->Remove(key));
+    const bool evaluation = absl::StartsWith(key, "evaluation") &&
+                            (absl::EndsWith(key, ".json") || absl::EndsWith(key, ".html") ||
+                             absl::EndsWith(key, ".svg"));
+    if (weights || evaluation) RETURN_IF_ERROR(output_->Remove(key));
   }
   return absl::OkStatus();
 }
@@ -407,6 +413,26 @@ absl::Status Run::Publish() {
   return absl::OkStatus();
 }
 
+absl::Status Run::EvaluateOutput() {
+  if (plan_.evaluation == nullptr) return absl::OkStatus();
+  meter_.Enter(Phase::kEvaluating);
+  buffers_.reset();
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
+  ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend(device, plan_.options.threads));
+  const ForwardOptions forward{
+      .backend = backend.get(), .memory_bytes = plan_.options.memory_bytes, .stop = options_.stop};
+  ASSIGN_OR_RETURN(auto checkpoint, Checkpoint::Open({.path = options_.output}, output_));
+  ASSIGN_OR_RETURN(const ForwardModel merged, MakeForwardModel(std::move(checkpoint)));
+  const EvaluationPlan& plan = *plan_.evaluation;
+  ASSIGN_OR_RETURN(const Evaluation found, Evaluate(merged, plan.data, plan.metric, forward));
+  ASSIGN_OR_RETURN(const std::vector<CurveReport> curves, ComputeCurves(plan, forward));
+  for (const auto& [name, text] : EvaluationFiles(plan, found, curves)) {
+    if (name == kEvaluationFile) evaluation_json_ = text;
+    RETURN_IF_ERROR(WriteAux(name, text));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Manifest> Run::Execute() {
   RETURN_IF_ERROR(PrepareOutput());
   const absl::Cleanup unbind = [this] { UnbindStages(plan_); };
@@ -417,10 +443,12 @@ absl::StatusOr<Manifest> Run::Execute() {
   // The observer may have stopped the run just now: a worker that lost its lease must not publish.
   if (options_.stop.stop_requested()) return Stopped();
   RETURN_IF_ERROR(Publish());
+  RETURN_IF_ERROR(EvaluateOutput());
   Manifest manifest{.fingerprint = plan_.fingerprint,
                     .shards_reused = shards_reused_,
                     .seconds = meter_.seconds(),
-                    .warnings = plan_.warnings};
+                    .warnings = plan_.warnings,
+                    .evaluation_json = std::move(evaluation_json_)};
   for (const auto& [index, shard] : state_.shards) {
     manifest.bytes_written += shard.file.bytes;
     manifest.warnings.insert(manifest.warnings.end(), shard.warnings.begin(), shard.warnings.end());

@@ -39,15 +39,16 @@ struct Manifest {
   int64_t shards_reused = 0;
   double seconds = 0;
   std::vector<std::string> warnings;
+  std::string evaluation_json;  // of a plan with an evaluation; also a file of the output
 };
 
 // Stages are merged first. One that an earlier run has left finished is used again when its
 // manifest has the plan's fingerprint and its files the manifest's digests, whatever the mode; an
 // unfinished one of the same plan is resumed.
 //
-// Order of publishing: shards as they finish, then aux files, config.json, index, manifest. So the
-// output is a loadable model only when all of it is there. Errors leave finished shards and a state
-// file for OutputMode::kResume.
+// Order of publishing: shards as they finish, then aux files, config.json, index, what an
+// evaluation of the model found, manifest. So the output is a loadable model only when all of it is
+// there. Errors leave finished shards and a state file for OutputMode::kResume.
 absl::StatusOr<Manifest> RunPlan(const Plan& plan, const RunOptions& options);
 
 }  // namespace pewter

@@ -121,6 +121,38 @@ int64_t HeadBytes(const Transformer& model) {
   return 4 * (block * (model.shape().width + 1) + kRows * block);
 }
 
+// All that is known before anything is computed.
+struct Prepared {
+  std::unique_ptr<ForwardPass> pass;
+  std::vector<Targets> targets;  // of each batch
+  int64_t predictions = 0;
+};
+
+absl::StatusOr<Prepared> Prepare(const ForwardModel& model, std::shared_ptr<const ForwardData> data,
+                                 Metric metric, const ForwardOptions& options) {
+  ASSIGN_OR_RETURN(const Metric fitting, DefaultMetric(model));
+  Prepared prepared;
+  ASSIGN_OR_RETURN(prepared.pass, ForwardPass::Open({model}, data, options));
+  Transformer& transformer = prepared.pass->model(0);
+  const HeadKind head = transformer.shape().head_kind;
+  if (metric != Metric::kAccuracy && metric != fitting) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("metric ", MetricName(metric), " is not that of model ", model.name, ", a ",
+                     HeadName(head), ": ", MetricName(fitting), " is"));
+  }
+  RETURN_IF_ERROR(CheckLabels(*data, head, model.name));
+  for (const Batch& batch : prepared.pass->batches()) {
+    ASSIGN_OR_RETURN(Targets found, TargetsOf(*data, head, transformer.classes(), batch));
+    prepared.predictions += static_cast<int64_t>(found.tokens.size());
+    prepared.targets.push_back(std::move(found));
+  }
+  if (prepared.predictions == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("data ", data->name(), " has nothing to predict: every label is -100"));
+  }
+  return prepared;
+}
+
 }  // namespace
 
 const char* MetricName(Metric metric) {
@@ -160,31 +192,20 @@ absl::StatusOr<Metric> DefaultMetric(const ForwardModel& model) {
       absl::StrCat("model ", model.name, " has no head that predicts anything"));
 }
 
+absl::Status CheckEvaluation(const ForwardModel& model, std::shared_ptr<const ForwardData> data,
+                             Metric metric, const ForwardOptions& options) {
+  return Prepare(model, std::move(data), metric, options).status();
+}
+
 absl::StatusOr<Evaluation> Evaluate(const ForwardModel& forward_model,
                                     std::shared_ptr<const ForwardData> data, Metric metric,
                                     const ForwardOptions& options) {
-  ASSIGN_OR_RETURN(const Metric fitting, DefaultMetric(forward_model));
-  ASSIGN_OR_RETURN(const auto pass, ForwardPass::Open({forward_model}, data, options));
+  ASSIGN_OR_RETURN(const Prepared prepared, Prepare(forward_model, data, metric, options));
+  const std::unique_ptr<ForwardPass>& pass = prepared.pass;
+  const std::vector<Targets>& targets = prepared.targets;
   Transformer& model = pass->model(0);
-  const HeadKind head = model.shape().head_kind;
-  if (metric != Metric::kAccuracy && metric != fitting) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("metric ", MetricName(metric), " is not that of model ", forward_model.name,
-                     ", a ", HeadName(head), ": ", MetricName(fitting), " is"));
-  }
-  RETURN_IF_ERROR(CheckLabels(*data, head, forward_model.name));
   const std::vector<Batch>& batches = pass->batches();
-  std::vector<Targets> targets;
-  Evaluation evaluation = {.metric = metric};
-  for (const Batch& batch : batches) {
-    ASSIGN_OR_RETURN(Targets found, TargetsOf(*data, head, model.classes(), batch));
-    evaluation.tokens += static_cast<int64_t>(found.tokens.size());
-    targets.push_back(std::move(found));
-  }
-  if (evaluation.tokens == 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("data ", data->name(), " has nothing to predict: every label is -100"));
-  }
+  Evaluation evaluation = {.metric = metric, .tokens = prepared.predictions};
   // Twice the stream: the rows that the head reads are never more.
   const int64_t all = static_cast<int64_t>(batches.size());
   Backend& backend = *options.backend;
@@ -247,10 +268,10 @@ absl::StatusOr<Evaluation> Evaluate(const ForwardModel& forward_model,
     }
     first += count;
   }
-  const auto predicted = static_cast<double>(evaluation.tokens);
-  evaluation.loss = loss / predicted;
+  const auto count = static_cast<double>(evaluation.tokens);
+  evaluation.loss = loss / count;
   evaluation.perplexity = std::exp(evaluation.loss);
-  evaluation.accuracy = static_cast<double>(right) / predicted;
+  evaluation.accuracy = static_cast<double>(right) / count;
   return evaluation;
 }
 

@@ -40,6 +40,10 @@ absl::StatusOr<Evaluation> Evaluate(const ForwardModel& model,
                                     std::shared_ptr<const ForwardData> data, Metric metric,
                                     const ForwardOptions& options);
 
+// The errors that Evaluate would give before it computes anything.
+absl::Status CheckEvaluation(const ForwardModel& model, std::shared_ptr<const ForwardData> data,
+                             Metric metric, const ForwardOptions& options);
+
 // All outputs: the logits of every token (of every row, for a classifier), or without a head the
 // last features. Row-major; padding has no rows.
 struct ForwardOutputs {

@@ -12,6 +12,8 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "kernels/backends.h"
+#include "merge/evaluate/evaluation.h"
 #include "merge/methods/adapter_method.h"
 #include "merge/plan/adapter_files.h"
 #include "merge/plan/adapter_merge.h"
@@ -91,6 +93,7 @@ class Planner {
     }
     RETURN_IF_ERROR(CheckStatisticsUsed());
     RETURN_IF_ERROR(PlanMeasure());
+    RETURN_IF_ERROR(PlanEvaluation());
     WarnOfIdleSettings(recipe_, *method_, param_use_, known_names_, plan_.warnings);
     WarnOfCasts();
     ListUnused();
@@ -269,6 +272,49 @@ class Planner {
                     "the statistics have nothing for any tensor that is merged");
   }
 
+  // --- evaluation ------------------------------------------------------------------------------
+
+  absl::Status PlanEvaluation() {
+    if (!recipe_.evaluation) return absl::OkStatus();
+    const RecipeEvaluation& asked = *recipe_.evaluation;
+    auto evaluation = std::make_shared<EvaluationPlan>();
+    ASSIGN_OR_RETURN(ForwardModel first, MakeForwardModel(plan_.models[0].checkpoint));
+    const auto metric = asked.metric.empty() ? DefaultMetric(first) : ParseMetric(asked.metric);
+    if (!metric.ok()) {
+      return Annotate(metric.status(),
+                      (asked.metric.empty() ? asked.at : asked.metric_at).ToString());
+    }
+    evaluation->metric = *metric;
+    auto data = ForwardData::Open(asked.data.path);
+    if (!data.ok()) return Annotate(data.status(), asked.data.at.ToString());
+    evaluation->data = *std::move(data);
+    evaluation->points = static_cast<int>(asked.barrier_points);
+    if (evaluation->points > 0) {
+      RETURN_IF_ERROR(Annotate(AddPairs(first, *evaluation), asked.at.ToString()));
+    }
+    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
+    const ForwardOptions options{.backend = backend.get(),
+                                 .memory_bytes = plan_.options.memory_bytes};
+    RETURN_IF_ERROR(Annotate(CheckEvaluation(first, evaluation->data, evaluation->metric, options),
+                             asked.at.ToString()));
+    RETURN_IF_ERROR(Annotate(CheckCurves(*evaluation, options), asked.at.ToString()));
+    plan_.evaluation = std::move(evaluation);
+    return absl::OkStatus();
+  }
+
+  // The first input with each of the others; a base is one of them when there is but one other.
+  absl::Status AddPairs(const ForwardModel& first, EvaluationPlan& evaluation) const {
+    for (int i = 1; i < input_models_; ++i) {
+      const bool base = recipe_.base_model && i == ModelIndex(*recipe_.base_model);
+      if (base && input_models_ > 2) continue;
+      ASSIGN_OR_RETURN(ForwardModel other, MakeForwardModel(plan_.models[i].checkpoint));
+      evaluation.pairs.push_back({.a = first, .views = {{"not aligned", std::move(other)}}});
+    }
+    if (!evaluation.pairs.empty()) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        "`barrier_points` are of the line between two models, and the recipe has one");
+  }
+
   std::vector<std::shared_ptr<const Checkpoint>> Inputs() const {
     std::vector<std::shared_ptr<const Checkpoint>> inputs;
     for (int i = 0; i < input_models_; ++i) inputs.push_back(plan_.models[i].checkpoint);
@@ -284,6 +330,10 @@ class Planner {
                      ResolveArchitecture(inputs, plan_.options.allow_mixed,
                                          {.names = plan_.options.raw_names, .base = unlisted}));
     if (plan_.options.name_by_name) architecture_ = NameByName(*architecture_, Model(donor_));
+    // A model that lost tensors would not compute what it could.
+    if (recipe_.evaluation) {
+      ASSIGN_OR_RETURN(architecture_, WithAllTensors(architecture_, inputs));
+    }
     plan_.architecture = architecture_->name();
     return absl::OkStatus();
   }

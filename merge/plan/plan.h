@@ -105,6 +105,7 @@ struct PlanModel {
   int file_base = 0;  // its first file in Plan::files
 };
 
+struct EvaluationPlan;  // merge/evaluate/evaluation.h
 struct Plan;
 class StageStore;
 
@@ -128,6 +129,8 @@ struct Plan {
   // Run over the measured tensors before the first tensor is merged; null where there are none.
   std::function<std::unique_ptr<Measure>()> measure;
   std::vector<PlanShard> shards;
+  // What is measured once the output is there; null: nothing.
+  std::shared_ptr<const EvaluationPlan> evaluation;
   std::vector<PlanFile> aux_files;  // tokenizer, generation config, model card, recipe
   std::string config_json;          // written with the index, last; empty for raw checkpoints
   std::string config_file = "config.json";  // where to; adapter_config.json for an adapter

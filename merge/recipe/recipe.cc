@@ -24,6 +24,8 @@ constexpr const char* kLater = "is not supported by this version of Pewter";
 constexpr int64_t kMaxPadding = int64_t{1} << 20;
 // The work for a row grows with the square.
 constexpr int64_t kMaxRowsOfApproximation = 1024;
+// Each is an evaluation.
+constexpr int64_t kMaxBarrierPoints = 1001;
 
 class RecipeReader : private YamlReader {
  public:
@@ -34,7 +36,7 @@ class RecipeReader : private YamlReader {
         {"name"},          {"merge_method"},        {"models"},     {"slices"},
         {"modules"},       {"base_model"},          {"dtype"},      {"out_dtype"},
         {"parameters"},    {"tokenizer_source"},    {"tokenizer"},  {"chat_template"},
-        {"align", kLater}, {"calibration", kLater}, {"statistics"}, {"evaluate", kLater},
+        {"align", kLater}, {"calibration", kLater}, {"statistics"}, {"evaluate"},
         {"output"},        {"arithmetic", kLater},
     };
     if (root.kind != Kind::kMapping) {
@@ -59,6 +61,7 @@ class RecipeReader : private YamlReader {
     RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
     RETURN_IF_ERROR(ReadOutput(root));
     RETURN_IF_ERROR(ReadStatistics(root));
+    RETURN_IF_ERROR(ReadEvaluation(root));
     RETURN_IF_ERROR(ReadTokenizer(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
       ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
@@ -200,13 +203,36 @@ class RecipeReader : private YamlReader {
       if (!one.file.adapter.empty()) {
         return RecipeError(one.file.at, "a file of `statistics` has no adapter");
       }
-      for (const RecipeStatistics& other : recipe_.statistics) {
-        if (other.model == one.model) {
-          return RecipeError(one.model.at, absl::StrCat("`statistics` has two files for model ",
-                                                        one.model.ToString()));
-        }
-      }
       recipe_.statistics.push_back(std::move(one));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadEvaluation(const YamlNode& root) {
+    static constexpr Key kKeys[] = {{"data"}, {"metric"}, {"barrier_points"}};
+    const YamlNode* evaluate = root.Find("evaluate");
+    if (IsNull(evaluate)) return absl::OkStatus();
+    if (evaluate->kind != Kind::kMapping || IsNull(evaluate->Find("data"))) {
+      return Expected(*evaluate, "`evaluate`", "a mapping with `data`");
+    }
+    RETURN_IF_ERROR(CheckKeys(*evaluate, "`evaluate`", kKeys));
+    RecipeEvaluation& evaluation = recipe_.evaluation.emplace();
+    evaluation.at = evaluate->at;
+    ASSIGN_OR_RETURN(evaluation.data, ReadModel(*evaluate->Find("data"), "`data`"));
+    if (!evaluation.data.adapter.empty()) {
+      return RecipeError(evaluation.data.at, "`data` is a file, which has no adapter");
+    }
+    if (const YamlNode* metric = evaluate->Find("metric"); !IsNull(metric)) {
+      ASSIGN_OR_RETURN(evaluation.metric, Text(*metric, "metric"));
+      evaluation.metric_at = metric->at;
+    }
+    if (const YamlNode* points = evaluate->Find("barrier_points"); !IsNull(points)) {
+      const auto number = YamlInt(*points);
+      if (!number || *number < 3 || *number > kMaxBarrierPoints) {
+        return Expected(*points, "`barrier_points`",
+                        absl::StrCat("a whole number from 3 to ", kMaxBarrierPoints));
+      }
+      evaluation.barrier_points = *number;
     }
     return absl::OkStatus();
   }

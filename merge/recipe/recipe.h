@@ -155,6 +155,15 @@ struct RecipeStatistics {
   ModelRef file;
 };
 
+// What the output and the models that it is made from are measured by.
+struct RecipeEvaluation {
+  ModelRef data;       // a file
+  std::string metric;  // empty: the one that the model's head is for
+  TextPosition metric_at;
+  int64_t barrier_points = 0;  // of the line between two models; 0: none
+  TextPosition at;
+};
+
 // What the output is.
 enum class OutputFormat {
   kModel,
@@ -182,6 +191,7 @@ struct Recipe {
   ParamScope parameters;
   std::vector<RecipeStatistics> statistics;
   TextPosition statistics_at;
+  std::optional<RecipeEvaluation> evaluation;
   std::optional<RecipeTokenizer> tokenizer;
   std::optional<std::string> chat_template;  // "auto", a known name, or Jinja
   TextPosition chat_template_at;

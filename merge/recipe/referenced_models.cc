@@ -21,6 +21,7 @@ std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
     add(statistics.model);
     add(statistics.file);
   }
+  if (recipe.evaluation.has_value()) add(recipe.evaluation->data);
   if (recipe.tokenizer.has_value()) {
     add(recipe.tokenizer->model);
     for (const RecipeToken& token : recipe.tokenizer->tokens) add(token.model);
