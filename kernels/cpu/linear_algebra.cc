@@ -17,9 +17,12 @@
 namespace pewter::kernels::cpu {
 namespace {
 
-// A product is cut into squares of this side, also along the sum: two operands and the result stay
-// in a core's cache, and widening them is a small share of multiplying. Never depends on threads.
-constexpr int64_t kBlock = 512;
+// A product is cut into blocks of the result, and the sum into steps. The library packs both
+// operands of a call, and we widen what is not double: the larger the block, the smaller a share of
+// multiplying that is. What is widened is held. Sizes never depend on threads.
+constexpr int64_t kWidenedExtent = 1024;
+constexpr int64_t kPlainExtent = 2048;
+constexpr int64_t kDepth = 512;
 
 absl::Status NotConverged(absl::string_view what, lapack_int info) {
   return absl::FailedPreconditionError(
@@ -54,6 +57,8 @@ void Subtract(const void* a, const void* b, int64_t count, const Widened& widene
   for (int64_t i = 0; i < count; ++i) to[i] = widened(from[i]) - widened(subtracted[i]);
 }
 
+bool IsPlain(const ConstMatrix& m) { return m.dtype == DType::kF64 && m.minus == nullptr; }
+
 // Elements [row, row + rows) x [column, column + columns) of `m`, widened into `scratch` where they
 // are not double already. `stride` is that of the result.
 const double* Widen(const ConstMatrix& m, int64_t row, int64_t rows, int64_t column,
@@ -63,12 +68,13 @@ const double* Widen(const ConstMatrix& m, int64_t row, int64_t rows, int64_t col
     return static_cast<const void*>(static_cast<const char*>(data) +
                                     ((row + i) * m.stride + column) * width);
   };
-  if (m.dtype == DType::kF64 && m.minus == nullptr) {
+  if (IsPlain(m)) {
     *stride = m.stride;
     return static_cast<const double*>(m.data) + row * m.stride + column;
   }
-  scratch.resize(kBlock * kBlock + kBlock);
-  double* const subtracted = scratch.data() + kBlock * kBlock;
+  const size_t needed = rows * columns + columns;
+  if (scratch.size() < needed) scratch.resize(needed);
+  double* const subtracted = scratch.data() + rows * columns;
   for (int64_t i = 0; i < rows; ++i) {
     double* const to = scratch.data() + i * columns;
     if (m.minus != nullptr && m.dtype == DType::kF32) {
@@ -182,7 +188,9 @@ absl::Status ForEach(ThreadPool& pool, int64_t count, const F& fn) {
 
 class CpuLinearAlgebra : public LinearAlgebra {
  public:
-  explicit CpuLinearAlgebra(ThreadPool& pool) : pool_(pool) { UseOneThread(); }
+  explicit CpuLinearAlgebra(ThreadPool& pool) : pool_(pool), scratch_(pool.threads()) {
+    UseOneThread();
+  }
 
   absl::Status Gemm(Transpose transpose_a, const ConstMatrix& a, Transpose transpose_b,
                     const ConstMatrix& b, double alpha, double beta, Matrix c) override {
@@ -264,15 +272,14 @@ class CpuLinearAlgebra : public LinearAlgebra {
   void Multiply(bool transpose_a, const ConstMatrix& a, bool transpose_b, const ConstMatrix& b,
                 double alpha, double beta, const Matrix& c, bool lower_only) {
     const int64_t inner = transpose_a ? a.rows : a.columns;
-    const int64_t down = (c.rows + kBlock - 1) / kBlock, across = (c.columns + kBlock - 1) / kBlock;
-    struct Scratch {
-      std::vector<double> a, b;
-    };
-    std::vector<Scratch> scratch(pool_.threads());
+    const int64_t tall = IsPlain(a) ? kPlainExtent : kWidenedExtent;
+    const int64_t wide = IsPlain(b) ? kPlainExtent : kWidenedExtent;
+    const int64_t down = (c.rows + tall - 1) / tall, across = (c.columns + wide - 1) / wide;
     pool_.ForEach(down * across, [&](int64_t item, int thread) {
-      const int64_t i = item / across * kBlock, j = item % across * kBlock;
+      const int64_t i = item / across * tall, j = item % across * wide;
       if (lower_only && j > i) return;
-      const int64_t rows = std::min(kBlock, c.rows - i), columns = std::min(kBlock, c.columns - j);
+      const int64_t rows = std::min(tall, c.rows - i), columns = std::min(wide, c.columns - j);
+      Scratch& scratch = scratch_[thread];
       double* const to = c.data + i * c.stride + j;
       for (int64_t row = 0; row < rows; ++row) {
         double* const begin = to + row * c.stride;
@@ -282,21 +289,20 @@ class CpuLinearAlgebra : public LinearAlgebra {
           for (int64_t column = 0; column < columns; ++column) begin[column] *= beta;
         }
       }
-      for (int64_t k = 0; k < inner; k += kBlock) {
-        const int64_t depth = std::min(kBlock, inner - k);
+      for (int64_t k = 0; k < inner; k += kDepth) {
+        const int64_t depth = std::min(kDepth, inner - k);
         int64_t a_stride = 0, b_stride = 0;
-        const double* const left = transpose_a
-                                       ? Widen(a, k, depth, i, rows, scratch[thread].a, &a_stride)
-                                       : Widen(a, i, rows, k, depth, scratch[thread].a, &a_stride);
+        const double* const left = transpose_a ? Widen(a, k, depth, i, rows, scratch.a, &a_stride)
+                                               : Widen(a, i, rows, k, depth, scratch.a, &a_stride);
         if (lower_only && i == j) {
           const LibraryCall call;
           cblas_dsyrk(CblasRowMajor, CblasLower, transpose_a ? CblasTrans : CblasNoTrans, Int(rows),
                       Int(depth), alpha, left, Int(a_stride), 1, to, Int(c.stride));
           continue;
         }
-        const double* const right =
-            transpose_b ? Widen(b, j, columns, k, depth, scratch[thread].b, &b_stride)
-                        : Widen(b, k, depth, j, columns, scratch[thread].b, &b_stride);
+        const double* const right = transpose_b
+                                        ? Widen(b, j, columns, k, depth, scratch.b, &b_stride)
+                                        : Widen(b, k, depth, j, columns, scratch.b, &b_stride);
         const LibraryCall call;
         cblas_dgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans,
                     transpose_b ? CblasTrans : CblasNoTrans, Int(rows), Int(columns), Int(depth),
@@ -305,7 +311,13 @@ class CpuLinearAlgebra : public LinearAlgebra {
     });
   }
 
+  // Operands of a block, widened. Kept: memory that is given back is cleared before it comes again.
+  struct Scratch {
+    std::vector<double> a, b;
+  };
+
   ThreadPool& pool_;
+  std::vector<Scratch> scratch_;  // by thread
 };
 
 }  // namespace
