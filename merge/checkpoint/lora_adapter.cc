@@ -182,6 +182,13 @@ class LoraAdapter::Factors {
     return std::make_shared<const LowRankProduct>(std::move(b), a, low_rank.rank, low_rank.scale);
   }
 
+  // A factor as float32.
+  std::shared_ptr<const TensorSource> Source(const TensorInfo& info, int file) const {
+    return CastSource(std::make_shared<StoredSource>(
+                          store_, key_, info, absl::StrCat(name_, ", tensor ", info.name), file),
+                      DType::kF32);
+  }
+
   // Marks `product` as the one used last and lets the oldest ones go.
   void Keep(std::shared_ptr<const LowRankProduct> product) {
     std::lock_guard lock(mutex_);
@@ -204,10 +211,7 @@ class LoraAdapter::Factors {
 
   absl::StatusOr<std::vector<float>> ReadFloats(const TensorInfo& info, int file,
                                                 ReadObserver* observer) const {
-    const auto source =
-        CastSource(std::make_shared<StoredSource>(
-                       store_, key_, info, absl::StrCat(name_, ", tensor ", info.name), file),
-                   DType::kF32);
+    const std::shared_ptr<const TensorSource> source = Source(info, file);
     std::vector<float> values(info.shape.elements());
     RETURN_IF_ERROR(source->Read(
         0, info.shape.elements(),
@@ -226,12 +230,19 @@ class LoraAdapter::Factors {
 
 class LoraAdapter::View final : public TensorSource {
  public:
+  // `whole`: the product is all that the adapter changes.
   View(std::shared_ptr<const TensorSource> stored, const LowRank& low_rank,
-       std::shared_ptr<Factors> factors, int file)
+       std::shared_ptr<Factors> factors, int file, bool whole)
       : stored_(std::move(stored)),
         low_rank_(low_rank),
         factors_(std::move(factors)),
-        file_(file) {}
+        file_(file),
+        update_{.left = factors_->Source(low_rank.transposed ? low_rank.a : low_rank.b, file),
+                .right = factors_->Source(low_rank.transposed ? low_rank.b : low_rank.a, file),
+                .rank = low_rank.rank,
+                .scale = low_rank.scale,
+                .transposed = low_rank.transposed},
+        whole_(whole) {}
 
   DType dtype() const override { return stored_->dtype(); }
   const Shape& shape() const override { return stored_->shape(); }
@@ -240,6 +251,7 @@ class LoraAdapter::View final : public TensorSource {
     return stored_->resident_bytes() +
            LowRankProduct::Bytes(shape()[0], low_rank_.rank, Columns(shape()));
   }
+  const LowRankUpdate* update() const override { return whole_ ? &update_ : nullptr; }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {
@@ -281,6 +293,8 @@ class LoraAdapter::View final : public TensorSource {
   const LowRank low_rank_;
   const std::shared_ptr<Factors> factors_;
   const int file_;
+  const LowRankUpdate update_;
+  const bool whole_;
   mutable std::mutex mutex_;
   mutable std::weak_ptr<const LowRankProduct> product_;  // guarded by mutex_
 };
@@ -400,7 +414,8 @@ std::shared_ptr<const TensorSource> LoraAdapter::Apply(absl::string_view tensor,
     stored = std::make_shared<BiasView>(std::move(stored), std::move(bias), change.bias_scale);
   }
   if (!change.has_low_rank) return stored;
-  return std::make_shared<View>(std::move(stored), change.low_rank, factors_, file);
+  const bool whole = !change.has_replacement && !change.has_bias;
+  return std::make_shared<View>(std::move(stored), change.low_rank, factors_, file, whole);
 }
 
 }  // namespace pewter

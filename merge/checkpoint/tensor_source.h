@@ -26,6 +26,17 @@ class ReadObserver {
   virtual void OnRead(int file, int64_t offset, absl::Span<const std::byte> bytes) = 0;
 };
 
+class TensorSource;
+
+// A product that a view adds to the tensor under it: scale L R, with L [rows, rank] and R [rank,
+// columns]. Factors are stored as they are: of a transposed product as L^T and R^T.
+struct LowRankUpdate {
+  std::shared_ptr<const TensorSource> left, right;  // F32
+  int64_t rank = 0;
+  double scale = 1;
+  bool transposed = false;
+};
+
 class TensorSource {
  public:
   virtual ~TensorSource() = default;
@@ -40,6 +51,9 @@ class TensorSource {
   // Host bytes that reading the view takes besides `out` and small scratch (LoRA factors). They are
   // shared by concurrent reads and freed soon after the last one.
   virtual int64_t resident_bytes() const { return 0; }
+  // What makes the view of the tensor that its model stores, where that is a product alone and its
+  // dtype; else null. The view's own elements are rounded to the stored dtype, the product is not.
+  virtual const LowRankUpdate* update() const { return nullptr; }
 };
 
 }  // namespace pewter

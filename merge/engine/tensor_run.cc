@@ -53,11 +53,12 @@ class TensorRun::Task : public TaskContext {
     for (int64_t first = 0; first < elements; first += step) {
       const int64_t count = std::min(step, elements - first);
       if (direct) {
-        RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, to + first * width));
+        RETURN_IF_ERROR(
+            run_.ReadAudited(run_.source(operand), operand, first, count, to + first * width));
         continue;
       }
       ASSIGN_OR_RETURN(void* const staged, lane_.Host(0, step * width));
-      RETURN_IF_ERROR(run_.ReadAudited(operand, first, count, staged));
+      RETURN_IF_ERROR(run_.ReadAudited(run_.source(operand), operand, first, count, staged));
       RETURN_IF_ERROR(backend().Upload(staged, to + first * width, count * width));
       RETURN_IF_ERROR(backend().Synchronize());  // before the staging memory is used again
     }
@@ -65,7 +66,34 @@ class TensorRun::Task : public TaskContext {
     return buffer;
   }
 
+  absl::StatusOr<Factors> LoadFactors(int input) override {
+    const LowRankUpdate* const update = run_.source(input).update();
+    if (update == nullptr) {
+      return absl::InternalError(absl::StrCat("input ", input, " is no product"));
+    }
+    Factors factors{.rank = update->rank};
+    ASSIGN_OR_RETURN(factors.left, LoadFactor(input, *update->left, update->transposed));
+    ASSIGN_OR_RETURN(factors.right, LoadFactor(input, *update->right, update->transposed));
+    for (double& value : factors.left) value *= update->scale;
+    run_.audited_[input + 1] = true;
+    return factors;
+  }
+
  private:
+  absl::StatusOr<std::vector<double>> LoadFactor(int input, const TensorSource& source,
+                                                 bool transposed) {
+    std::vector<float> stored(source.shape().elements());
+    RETURN_IF_ERROR(run_.ReadAudited(source, input, 0, source.shape().elements(), stored.data()));
+    if (!transposed) return std::vector<double>(stored.begin(), stored.end());
+    const int64_t rows = source.shape()[0];
+    const int64_t columns = rows == 0 ? 0 : source.shape().elements() / rows;
+    std::vector<double> values(stored.size());
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) values[j * rows + i] = stored[i * columns + j];
+    }
+    return values;
+  }
+
   TensorRun& run_;
   Lane& lane_;
 };
@@ -146,8 +174,8 @@ absl::Status TensorRun::Pass(Operands operands, bool writes_output, PassFn fn, C
   });
 }
 
-absl::Status TensorRun::ReadAudited(int operand, int64_t first, int64_t count, void* host) {
-  const TensorSource& from = source(operand);
+absl::Status TensorRun::ReadAudited(const TensorSource& from, int operand, int64_t first,
+                                    int64_t count, void* host) {
   const int64_t bytes = count * ByteWidth(from.dtype());
   TileAudit audit;
   RETURN_IF_ERROR(from.Read(first, count,
@@ -155,7 +183,7 @@ absl::Status TensorRun::ReadAudited(int operand, int64_t first, int64_t count, v
                             audited(operand) ? nullptr : &audit));
   environment_.on_read(bytes);
   if (audited(operand)) return absl::OkStatus();
-  RETURN_IF_ERROR(CheckFinite({host, from.dtype(), count}, first, operand));
+  RETURN_IF_ERROR(CheckFinite({host, from.dtype(), count}, from, first, operand));
   std::vector<ReadRange> ranges = audit.Take();
   std::lock_guard lock(mutex_);
   ranges_.insert(ranges_.end(), ranges.begin(), ranges.end());
@@ -171,7 +199,7 @@ absl::StatusOr<ConstView> TensorRun::Load(const Tile& tile, int operand, int slo
   const DType dtype = source(operand).dtype();
   const int64_t bytes = tile.count * ByteWidth(dtype);
   ASSIGN_OR_RETURN(void* host, tile.lane.Host(slot, bytes));
-  RETURN_IF_ERROR(ReadAudited(operand, tile.first, tile.count, host));
+  RETURN_IF_ERROR(ReadAudited(source(operand), operand, tile.first, tile.count, host));
   kernels::Backend& backend = tile.lane.backend();
   if (backend.host_memory()) return ConstView{host, dtype, tile.count};
   ASSIGN_OR_RETURN(void* device, tile.lane.Device(slot, bytes));
@@ -179,11 +207,12 @@ absl::StatusOr<ConstView> TensorRun::Load(const Tile& tile, int operand, int slo
   return ConstView{device, dtype, tile.count};
 }
 
-absl::Status TensorRun::CheckFinite(ConstView host, int64_t first, int operand) {
+absl::Status TensorRun::CheckFinite(ConstView host, const TensorSource& from, int64_t first,
+                                    int operand) {
   int64_t at;
   if (!IsFloat(host.dtype) || !kernels::FindNonFinite(host, &at)) return absl::OkStatus();
   const std::string message =
-      absl::StrCat(source(operand).name(), ": element ", first + at, " is NaN or infinite");
+      absl::StrCat(from.name(), ": element ", first + at, " is NaN or infinite");
   if (!environment_.allow_nonfinite) {
     return absl::FailedPreconditionError(
         absl::StrCat(message, "; mend the checkpoint, or pass --allow-nonfinite to go on"));
@@ -376,8 +405,8 @@ absl::Status TensorRun::CopyAll(Operands operands) {
           const int64_t first = std::max(tile.first, begin);
           const int64_t count = std::min(tile.first + tile.count, end) - first;
           if (count > 0) {
-            RETURN_IF_ERROR(
-                ReadAudited(operand, first - begin, count, out + (first - tile.first) * width));
+            RETURN_IF_ERROR(ReadAudited(source(operand), operand, first - begin, count,
+                                        out + (first - tile.first) * width));
           }
           begin = end;
         }

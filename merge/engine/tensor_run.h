@@ -105,11 +105,13 @@ class TensorRun : public MethodContext {
   // Terms for each run of `block` elements.
   absl::StatusOr<std::vector<double>> ReduceBlocks(const kernels::ReduceOp& op, Operands operands,
                                                    int64_t block, Cut cut);
-  // Reads an operand's elements to `host`; the first time, records what was read and checks that it
-  // is finite.
-  absl::Status ReadAudited(int operand, int64_t first, int64_t count, void* host);
+  // Reads elements of an operand, or of a factor that it is made with, to `host`; the first time,
+  // records what was read and checks that it is finite.
+  absl::Status ReadAudited(const TensorSource& from, int operand, int64_t first, int64_t count,
+                           void* host);
   absl::StatusOr<kernels::ConstView> Load(const Tile& tile, int operand, int slot);
-  absl::Status CheckFinite(kernels::ConstView host, int64_t first, int operand);
+  absl::Status CheckFinite(kernels::ConstView host, const TensorSource& from, int64_t first,
+                           int operand);
   absl::Status RunTask();
   absl::Status CopyInputs();
   // The operands' elements, one operand after the other.

@@ -54,6 +54,7 @@ struct DrmOptions {
   bool disjoint = true;
   int parts = 1;  // blocks of rows that are merged independently
   std::vector<double> weights;
+  std::vector<int64_t> ranks;  // TensorFacts::ranks
 };
 
 double Sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
@@ -117,8 +118,9 @@ int64_t RankAbove(const JointBasis& basis, double share) {
 // How nearly orthogonal the models' singular matrices are, as the authors' code measures it: the
 // sum over all pairs of models, a model with itself included, of 1 - |<V_s, V_t> - [s = t]|.
 absl::StatusOr<double> Orthogonality(kernels::Backend& backend, const JointBasis& basis,
-                                     absl::Span<const kernels::ConstMatrix> deltas, Stack stack) {
-  ASSIGN_OR_RETURN(const JointBlocks blocks, ProjectOnBasis(backend, basis, deltas, stack));
+                                     Deltas deltas, Stack stack) {
+  ASSIGN_OR_RETURN(const JointBlocks blocks,
+                   ProjectOnBasis(backend, basis, deltas, stack, nullptr));
   const kernels::Gram gram = {.count = blocks.count};
   ASSIGN_OR_RETURN(const std::vector<double> products,
                    backend.ReduceBlocks(gram, blocks.Views(), 0, blocks.length));
@@ -147,19 +149,19 @@ class DrmTask : public TensorTask {
     const MatrixShape part = Part(0).shape;
     int64_t most = 0, kept = 0;
     for (Stack stack : Stacks()) {
-      const JointBasisCost cost = CostOfJointBasis(part, count(), stack, Cut());
+      const JointBasisCost cost = CostOfJointBasis(part, options_.ranks, stack, Cut());
       const int64_t blocks =
           count() * cost.rank * (BlockLength(stack, part) + 2) * int64_t{sizeof(double)};
       most = std::max({most, cost.peak, cost.kept + blocks});
       kept += cost.kept;
     }
     const int64_t basis = Stacks().size() > 1 ? kept + most : most;
-    return TaskVectors::Bytes(shape_, dtype_, count()) + basis + TaskVectors::EmitBytes(part) +
-           shape_.rows * shape_.columns * ByteWidth(result_dtype_);
+    return TaskVectors::Bytes(shape_, dtype_, options_.ranks) + basis +
+           TaskVectors::EmitBytes(part) + shape_.rows * shape_.columns * ByteWidth(result_dtype_);
   }
 
   absl::Status Run(TaskContext& context, kernels::View result) const override {
-    ASSIGN_OR_RETURN(const TaskVectors vectors, TaskVectors::Load(context, count()));
+    ASSIGN_OR_RETURN(TaskVectors vectors, TaskVectors::Load(context, options_.ranks));
     for (int part = 0; part < options_.parts; ++part) {
       RETURN_IF_ERROR(MergePart(context.backend(), vectors, Part(part), result));
     }
@@ -170,7 +172,7 @@ class DrmTask : public TensorTask {
   int64_t order() const {
     int64_t order = 0;
     for (Stack stack : Stacks()) {
-      order = std::max(order, CostOfJointBasis(Part(0).shape, count(), stack, Cut()).order);
+      order = std::max(order, CostOfJointBasis(Part(0).shape, options_.ranks, stack, Cut()).order);
     }
     return order;
   }
@@ -204,9 +206,9 @@ class DrmTask : public TensorTask {
             {rows + (part < more ? 1 : 0), shape_.columns}};
   }
 
-  absl::Status MergePart(kernels::Backend& backend, const TaskVectors& vectors,
-                         const RowRange& part, kernels::View result) const {
-    const std::vector<kernels::ConstMatrix> deltas = vectors.Rows(part.first, part.shape.rows);
+  absl::Status MergePart(kernels::Backend& backend, TaskVectors& vectors, const RowRange& part,
+                         kernels::View result) const {
+    const std::vector<TaskVector> deltas = vectors.Rows(part.first, part.shape.rows);
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
     std::vector<Stack> stacks = Stacks();
     std::vector<JointBasis> bases;
@@ -221,7 +223,10 @@ class DrmTask : public TensorTask {
     const Stack stack = stacks[chosen];
     const JointBasis basis = std::move(bases[chosen]);
     bases.clear();
-    ASSIGN_OR_RETURN(const JointBlocks blocks, ProjectOnBasis(backend, basis, deltas, stack));
+    ASSIGN_OR_RETURN(
+        const JointBlocks blocks,
+        ProjectOnBasis(backend, basis, deltas, stack,
+                       part.first + part.shape.rows == shape_.rows ? &vectors : nullptr));
     // Without a direction the models do not differ from the base here.
     if (blocks.rank > 0) {
       RETURN_IF_ERROR(MergeBlocks(backend, blocks, basis.spectrum[0], options_));
@@ -233,8 +238,7 @@ class DrmTask : public TensorTask {
   }
 
   absl::StatusOr<size_t> Choose(kernels::Backend& backend, absl::Span<const JointBasis> bases,
-                                absl::Span<const kernels::ConstMatrix> deltas,
-                                absl::Span<const Stack> stacks) const {
+                                Deltas deltas, absl::Span<const Stack> stacks) const {
     if (options_.direction == Direction::kAutoRank) {
       return RankAbove(bases[0], kAutoRankCut) < RankAbove(bases[1], kAutoRankCut) ? 0 : 1;
     }
@@ -275,7 +279,8 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
   DrmOptions options{.direction = DirectionOf(tensor.params),
                      .density = Number(tensor.params, "density"),
                      .rank_cut = Number(tensor.params, "rank_cut"),
-                     .disjoint = Flag(tensor.params, "disjoint_mean")};
+                     .disjoint = Flag(tensor.params, "disjoint_mean"),
+                     .ranks = tensor.ranks};
   if (options.density >= 1) {
     return Treatment{.kind = kMean, .notes = {"density 1: the mean of the task vectors"}};
   }

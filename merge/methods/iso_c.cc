@@ -10,13 +10,15 @@
 //
 // Tensors that are not linear weights: base + lambda mean of the task vectors, as the authors do.
 // Every direction gets the same weight, those of a null space too, and these are rounding noise:
-// sums without full rank are refused.
+// sums without full rank are refused. A weight that no task changes is the base's; to one that a
+// task leaves as it is (frozen layers), that task adds no directions of its own.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numeric>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "merge/methods/common/joint_space.h"
@@ -37,6 +39,10 @@ Matrix RowsOf(const OwnMatrix& m, int64_t first, int64_t rows) {
   return {m.view.data + first * m.view.stride, rows, m.view.columns, m.view.stride};
 }
 
+TaskVector AsTaskVector(const OwnMatrix& m) {
+  return {.shape = {m.view.rows, m.view.columns}, .dense = m.view, .left = {}, .right = {}};
+}
+
 absl::Status Deficient(absl::string_view what, int64_t rank, int64_t of) {
   return absl::FailedPreconditionError(absl::StrCat(
       what, " has rank ", rank, " of ", of,
@@ -55,10 +61,11 @@ absl::Status CheckFullRank(absl::string_view what, absl::Span<const double> valu
 class IsoTask : public TensorTask {
  public:
   // `common_fraction` < 0: Iso-C.
-  IsoTask(MatrixShape shape, int count, DType dtype, DType result_dtype, double lambda,
-          double common_fraction)
+  IsoTask(MatrixShape shape, std::vector<int64_t> ranks, DType dtype, DType result_dtype,
+          double lambda, double common_fraction)
       : shape_(shape),
-        count_(count),
+        ranks_(std::move(ranks)),
+        count_(static_cast<int>(ranks_.size())),
         dtype_(dtype),
         result_dtype_(result_dtype),
         lambda_(lambda),
@@ -69,17 +76,17 @@ class IsoTask : public TensorTask {
   int64_t bytes() const override {
     const int64_t elements = shape_.rows * shape_.columns, width = sizeof(double);
     const int64_t stacks =
-        common_fraction_ < 0 ? 0 : side() * (shape_.rows + shape_.columns) * width;
-    return TaskVectors::Bytes(shape_, dtype_, count_) + 4 * elements * width +
+        common_fraction_ < 0 ? 0 : side() * (2 * shape_.rows + shape_.columns) * width;
+    return TaskVectors::Bytes(shape_, dtype_, ranks_) + 4 * elements * width +
            (stacks > 0 ? 2 : 1) * SvdBytes(shape_) + stacks + TaskVectors::EmitBytes(shape_) +
            elements * ByteWidth(result_dtype_);
   }
 
   absl::Status Run(TaskContext& context, kernels::View result) const override {
     kernels::Backend& backend = context.backend();
-    ASSIGN_OR_RETURN(const TaskVectors vectors, TaskVectors::Load(context, count_));
+    ASSIGN_OR_RETURN(const TaskVectors vectors, TaskVectors::Load(context, ranks_));
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
-    const std::vector<kernels::ConstMatrix> deltas = vectors.Rows(0, shape_.rows);
+    const std::vector<TaskVector> deltas = vectors.Rows(0, shape_.rows);
     ASSIGN_OR_RETURN(OwnMatrix sum, SumOf(backend, deltas));
     ASSIGN_OR_RETURN(const ThinSvd svd, SvdOf(backend, std::move(sum)));
     // Models that do not differ from the base: all of it is zeros.
@@ -100,8 +107,7 @@ class IsoTask : public TensorTask {
   int64_t side() const { return std::min(shape_.rows, shape_.columns); }
 
   absl::Status RunCommonAndTasks(kernels::Backend& backend, const TaskVectors& vectors,
-                                 absl::Span<const kernels::ConstMatrix> deltas, const ThinSvd& svd,
-                                 kernels::View result) const {
+                                 Deltas deltas, const ThinSvd& svd, kernels::View result) const {
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
     const int64_t q = side();
     const auto asked = static_cast<int64_t>(static_cast<double>(q) * common_fraction_);
@@ -117,38 +123,48 @@ class IsoTask : public TensorTask {
     ASSIGN_OR_RETURN(OwnMatrix ut, OwnMatrix::Make(backend, q, shape_.rows));
     ASSIGN_OR_RETURN(OwnMatrix vt, OwnMatrix::Make(backend, q, shape_.columns));
     double values = std::accumulate(svd.values.begin(), svd.values.begin() + common, 0.0);
-    const Matrix common_vt = RowsOf(vt, own * count_, common);
-    const Matrix common_ut = RowsOf(ut, own * count_, common);
+    OwnMatrix common_ut;
     if (common > 0) {
-      RETURN_IF_ERROR(backend.Copy(svd.vt.view.data, common_vt.data,
-                                   common * shape_.columns * int64_t{sizeof(double)}));
+      ASSIGN_OR_RETURN(common_ut, OwnMatrix::Make(backend, common, shape_.rows));
       ASSIGN_OR_RETURN(const OwnMatrix sum, SumOf(backend, deltas));
-      RETURN_IF_ERROR(LeftVectors(backend, sum.view, common_vt, svd.values, common_ut));
+      RETURN_IF_ERROR(LeftVectors(backend, AsTaskVector(sum), RowsOf(svd.vt, 0, common), svd.values,
+                                  common_ut.view));
     }
+    int64_t first = 0;
     for (int t = 0; t < count_ && own > 0; ++t) {
       ASSIGN_OR_RETURN(OwnMatrix rest, SumOf(backend, deltas.subspan(t, 1)));
       if (common > 0) {
         ASSIGN_OR_RETURN(const OwnMatrix in_common,
                          OwnMatrix::Make(backend, common, shape_.columns));
-        RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, common_ut, Transpose::kNo, rest.view, 1, 0,
-                                      in_common.view));
-        RETURN_IF_ERROR(algebra->Gemm(Transpose::kYes, common_ut, Transpose::kNo, in_common.view,
-                                      -1, 1, rest.view));
+        RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, common_ut.view, Transpose::kNo, rest.view, 1,
+                                      0, in_common.view));
+        RETURN_IF_ERROR(algebra->Gemm(Transpose::kYes, common_ut.view, Transpose::kNo,
+                                      in_common.view, -1, 1, rest.view));
         RETURN_IF_ERROR(backend.Synchronize());
       }
       ASSIGN_OR_RETURN(OwnMatrix copy, OwnMatrix::Make(backend, shape_.rows, shape_.columns));
       RETURN_IF_ERROR(backend.Copy(rest.view.data, copy.view.data,
                                    shape_.rows * shape_.columns * int64_t{sizeof(double)}));
       ASSIGN_OR_RETURN(const ThinSvd of_task, SvdOf(backend, std::move(copy)));
+      if (of_task.values[0] == 0) continue;
       const absl::Span<const double> leading = absl::MakeConstSpan(of_task.values).subspan(0, own);
       RETURN_IF_ERROR(
           CheckFullRank("what a task vector adds to the common space", leading, svd.values[0]));
-      const Matrix own_vt = RowsOf(vt, t * own, own);
+      const Matrix own_vt = RowsOf(vt, first, own);
       RETURN_IF_ERROR(backend.Copy(of_task.vt.view.data, own_vt.data,
                                    own * shape_.columns * int64_t{sizeof(double)}));
-      RETURN_IF_ERROR(LeftVectors(backend, rest.view, own_vt, leading, RowsOf(ut, t * own, own)));
+      RETURN_IF_ERROR(
+          LeftVectors(backend, AsTaskVector(rest), own_vt, leading, RowsOf(ut, first, own)));
       values += std::accumulate(leading.begin(), leading.end(), 0.0);
+      first += own;
     }
+    if (common > 0) {
+      RETURN_IF_ERROR(backend.Copy(common_ut.view.data, RowsOf(ut, first, common).data,
+                                   common * shape_.rows * int64_t{sizeof(double)}));
+      RETURN_IF_ERROR(backend.Copy(svd.vt.view.data, RowsOf(vt, first, common).data,
+                                   common * shape_.columns * int64_t{sizeof(double)}));
+    }
+    ut.view.rows = vt.view.rows = first + common;
     for (OwnMatrix* side : {&ut, &vt}) {
       const absl::Status orthonormal = MakeRowsOrthonormal(backend, *side);
       if (absl::IsFailedPrecondition(orthonormal)) {
@@ -158,7 +174,7 @@ class IsoTask : public TensorTask {
       }
       RETURN_IF_ERROR(orthonormal);
     }
-    const double mean = values / static_cast<double>(q);
+    const double mean = values / static_cast<double>(first + common);
     const auto rows_of = [&](int64_t first, Matrix out) {
       const Matrix columns = {ut.view.data + first, ut.view.rows, out.rows, ut.view.stride};
       return algebra->Gemm(Transpose::kYes, columns, Transpose::kNo, vt.view, lambda_ * mean, 0,
@@ -168,6 +184,7 @@ class IsoTask : public TensorTask {
   }
 
   const MatrixShape shape_;
+  const std::vector<int64_t> ranks_;
   const int count_;
   const DType dtype_, result_dtype_;
   const double lambda_, common_fraction_;
@@ -178,10 +195,16 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
   const MatrixShape shape = AsMatrix(tensor.shape);
   RETURN_IF_ERROR(
       CheckOrder(std::max(shape.rows, shape.columns), "leave it out with `linear_exclude`"));
+  // Adapters alone: the ranks tell without looking.
+  const int64_t rank = absl::c_accumulate(tensor.ranks, int64_t{0});
+  const int64_t full = std::min(shape.rows, shape.columns);
+  if (rank < full && absl::c_all_of(tensor.ranks, [](int64_t of_input) { return of_input > 0; })) {
+    return Deficient("the sum of the task vectors", rank, full);
+  }
   const auto fraction = tensor.params.find("common_fraction");
   Treatment treatment;
   treatment.task = std::make_shared<const IsoTask>(
-      shape, tensor.inputs, tensor.dtype, tensor.result_dtype,
+      shape, tensor.ranks, tensor.dtype, tensor.result_dtype,
       std::get<double>(tensor.params.at("lambda")),
       fraction == tensor.params.end() ? -1 : std::get<double>(fraction->second));
   return treatment;

@@ -35,10 +35,11 @@ constexpr RankCut kCut = {.absolute = 1e-5};
 
 class KnotsTask : public TensorTask {
  public:
-  KnotsTask(MatrixShape shape, int count, DType dtype, DType result_dtype, double lambda,
-            double drop)
+  KnotsTask(MatrixShape shape, std::vector<int64_t> ranks, DType dtype, DType result_dtype,
+            double lambda, double drop)
       : shape_(shape),
-        count_(count),
+        ranks_(std::move(ranks)),
+        count_(static_cast<int>(ranks_.size())),
         dtype_(dtype),
         result_dtype_(result_dtype),
         lambda_(lambda),
@@ -47,9 +48,9 @@ class KnotsTask : public TensorTask {
   const char* name() const override { return drop_ > 0 ? "knots_dare_ties" : "knots_ties"; }
   DType result_dtype() const override { return result_dtype_; }
   int64_t bytes() const override {
-    const JointBasisCost cost = CostOfJointBasis(shape_, count_, Stack::kHorizontal, kCut);
+    const JointBasisCost cost = CostOfJointBasis(shape_, ranks_, Stack::kHorizontal, kCut);
     const int64_t block = cost.rank * shape_.columns * int64_t{sizeof(double)};
-    return TaskVectors::Bytes(shape_, dtype_, count_) +
+    return TaskVectors::Bytes(shape_, dtype_, ranks_) +
            std::max(cost.peak, cost.kept + (count_ + 1) * block) + TaskVectors::EmitBytes(shape_) +
            shape_.rows * shape_.columns * ByteWidth(result_dtype_);
   }
@@ -122,11 +123,11 @@ class KnotsTask : public TensorTask {
   absl::StatusOr<Aligned> Align(TaskContext& context) const {
     kernels::Backend& backend = context.backend();
     Aligned aligned;
-    ASSIGN_OR_RETURN(aligned.vectors, TaskVectors::Load(context, count_));
+    ASSIGN_OR_RETURN(aligned.vectors, TaskVectors::Load(context, ranks_));
     const auto deltas = aligned.vectors.Rows(0, shape_.rows);
     ASSIGN_OR_RETURN(aligned.basis, FindJointBasis(backend, deltas, Stack::kHorizontal, kCut));
-    ASSIGN_OR_RETURN(aligned.blocks,
-                     ProjectOnBasis(backend, aligned.basis, deltas, Stack::kHorizontal));
+    ASSIGN_OR_RETURN(aligned.blocks, ProjectOnBasis(backend, aligned.basis, deltas,
+                                                    Stack::kHorizontal, &aligned.vectors));
     if (drop_ > 0) RETURN_IF_ERROR(Drop(context, aligned.blocks));
     return aligned;
   }
@@ -162,6 +163,7 @@ class KnotsTask : public TensorTask {
   }
 
   const MatrixShape shape_;
+  const std::vector<int64_t> ranks_;
   const int count_;
   const DType dtype_, result_dtype_;
   const double lambda_, drop_;
@@ -272,7 +274,7 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
   const auto drop = tensor.params.find("drop");
   Treatment treatment{.measured = true};
   treatment.task = std::make_shared<const KnotsTask>(
-      shape, tensor.inputs, tensor.dtype, tensor.result_dtype,
+      shape, tensor.ranks, tensor.dtype, tensor.result_dtype,
       std::get<double>(tensor.params.at("lambda")),
       drop == tensor.params.end() ? 0 : std::get<double>(drop->second));
   return treatment;

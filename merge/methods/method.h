@@ -91,6 +91,9 @@ struct TensorFacts {
   bool vocabulary;     // its rows are tokens
   const ParamValues& params;
   std::vector<const ParamValues*> input_params;
+  // By input: the rank of the product by which it differs from the base, where its task may load
+  // factors instead (TaskContext::LoadFactors); 0: it is a tensor like others.
+  std::vector<int64_t> ranks;
   const LayerInputs* layer_inputs = nullptr;  // null: the statistics have none
   bool has_statistics = false;                // operands StatisticsOf(input) are there
 };

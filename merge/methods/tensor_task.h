@@ -3,10 +3,14 @@
 // What a MergeMethod is for work that streams over tiles, a task is for work that must see all of
 // its inputs at once: decompositions. The plan holds its tasks, made with resolved parameters; the
 // engine runs one on one lane, within the memory that it states. Tasks are immutable.
+//
+// An input that is a model with an adapter on the very base of the merge differs from it by a
+// product of small factors. A task that is about such differences loads the factors instead.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -33,6 +37,13 @@ class TaskContext {
   // host's).
   enum class Where { kBackend, kHost };
   virtual absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) = 0;
+  // Of an input that is the base plus a product (TensorFacts::ranks): the factors, whose product it
+  // is, as doubles in host memory: left [rows, rank], right [rank, columns].
+  struct Factors {
+    int64_t rank = 0;
+    std::vector<double> left, right;
+  };
+  virtual absl::StatusOr<Factors> LoadFactors(int input) = 0;
   // As a MethodContext's.
   virtual absl::Span<const double> measured() const = 0;
   virtual int model(int input) const = 0;

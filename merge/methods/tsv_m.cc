@@ -6,7 +6,11 @@
 //   polar([V_1 ... V_T])^T
 //
 // Tensors that are not linear weights: base + lambda mean of the task vectors, as the authors do.
-// Where tasks share a direction exactly there is no one polar factor, and the merge is refused.
+//
+// A task vector of lower rank than k has no more triplets than its rank; the authors' code goes on
+// with whatever vectors the decomposition makes up for values of zero. So a weight that a task
+// leaves as it is (frozen layers) takes none from it, and one that all leave is the base's. Where
+// tasks share a direction exactly there is no one polar factor, and the merge is refused.
 #include <algorithm>
 #include <memory>
 #include <utility>
@@ -22,7 +26,10 @@ namespace {
 
 using kernels::Matrix;
 
-// Of each task.
+// Singular values below this share of a task vector's largest are rounding noise of zeros.
+constexpr double kNullSpace = 1e-13;
+
+// Of each task, at most.
 int64_t TripletsOf(MatrixShape shape, int count) {
   return static_cast<int64_t>(static_cast<double>(std::min(shape.rows, shape.columns)) *
                               (1.0 / count));
@@ -34,8 +41,14 @@ Matrix RowsOf(const OwnMatrix& m, int64_t first, int64_t rows) {
 
 class TsvTask : public TensorTask {
  public:
-  TsvTask(MatrixShape shape, int count, DType dtype, DType result_dtype, double lambda)
-      : shape_(shape), count_(count), dtype_(dtype), result_dtype_(result_dtype), lambda_(lambda) {}
+  TsvTask(MatrixShape shape, std::vector<int64_t> ranks, DType dtype, DType result_dtype,
+          double lambda)
+      : shape_(shape),
+        ranks_(std::move(ranks)),
+        count_(static_cast<int>(ranks_.size())),
+        dtype_(dtype),
+        result_dtype_(result_dtype),
+        lambda_(lambda) {}
 
   const char* name() const override { return "tsv_m"; }
   DType result_dtype() const override { return result_dtype_; }
@@ -43,31 +56,38 @@ class TsvTask : public TensorTask {
     const int64_t elements = shape_.rows * shape_.columns, width = sizeof(double);
     // A task's decomposition beside the stacked vectors; later that of the stacks.
     const int64_t all = TripletsOf(shape_, count_) * count_;
-    return TaskVectors::Bytes(shape_, dtype_, count_) +
+    return TaskVectors::Bytes(shape_, dtype_, ranks_) +
            width * (3 * elements + all * (shape_.rows + shape_.columns)) + SvdBytes(shape_) +
            TaskVectors::EmitBytes(shape_) + elements * ByteWidth(result_dtype_);
   }
 
   absl::Status Run(TaskContext& context, kernels::View result) const override {
     kernels::Backend& backend = context.backend();
-    ASSIGN_OR_RETURN(const TaskVectors vectors, TaskVectors::Load(context, count_));
+    ASSIGN_OR_RETURN(const TaskVectors vectors, TaskVectors::Load(context, ranks_));
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
-    const std::vector<kernels::ConstMatrix> deltas = vectors.Rows(0, shape_.rows);
+    const std::vector<TaskVector> deltas = vectors.Rows(0, shape_.rows);
     const int64_t k = TripletsOf(shape_, count_);
     ASSIGN_OR_RETURN(OwnMatrix ut, OwnMatrix::Make(backend, k * count_, shape_.rows));
     ASSIGN_OR_RETURN(OwnMatrix vt, OwnMatrix::Make(backend, k * count_, shape_.columns));
     std::vector<double> values;
     for (int t = 0; t < count_; ++t) {
-      ASSIGN_OR_RETURN(OwnMatrix delta, SumOf(backend, {&deltas[t], 1}));
-      ASSIGN_OR_RETURN(const ThinSvd svd, SvdOf(backend, std::move(delta)));
-      if (!(svd.values[k - 1] > 0)) return Dependent();
-      const Matrix leading = RowsOf(svd.vt, 0, k);
-      RETURN_IF_ERROR(backend.Copy(leading.data, RowsOf(vt, t * k, k).data,
-                                   k * shape_.columns * int64_t{sizeof(double)}));
-      RETURN_IF_ERROR(LeftVectors(backend, deltas[t], leading, svd.values, RowsOf(ut, t * k, k)));
-      values.insert(values.end(), svd.values.begin(), svd.values.begin() + k);
+      ASSIGN_OR_RETURN(const ThinSvd svd, SvdOf(backend, deltas[t]));
+      const auto most = std::min(k, static_cast<int64_t>(svd.values.size()));
+      const int64_t rank =
+          std::count_if(svd.values.begin(), svd.values.begin() + most,
+                        [&](double value) { return value > kNullSpace * svd.values[0]; });
+      if (rank == 0) continue;
+      const auto first = static_cast<int64_t>(values.size());
+      const Matrix leading = RowsOf(svd.vt, 0, rank);
+      RETURN_IF_ERROR(backend.Copy(leading.data, RowsOf(vt, first, rank).data,
+                                   rank * shape_.columns * int64_t{sizeof(double)}));
+      RETURN_IF_ERROR(
+          LeftVectors(backend, deltas[t], leading, svd.values, RowsOf(ut, first, rank)));
+      values.insert(values.end(), svd.values.begin(), svd.values.begin() + rank);
     }
+    ut.view.rows = vt.view.rows = static_cast<int64_t>(values.size());
     for (OwnMatrix* side : {&ut, &vt}) {
+      if (values.empty()) break;
       const absl::Status orthonormal = MakeRowsOrthonormal(backend, *side);
       if (absl::IsFailedPrecondition(orthonormal)) return Dependent();
       RETURN_IF_ERROR(orthonormal);
@@ -86,11 +106,12 @@ class TsvTask : public TensorTask {
   static absl::Status Dependent() {
     return absl::FailedPreconditionError(
         "the leading singular vectors of the task vectors depend on each other (models that are "
-        "equal to each other or to the base here, or of low rank), and TSV-M has no result then; "
-        "leave the tensor out with `linear_exclude`, or use drm");
+        "equal to each other here, or that share directions), and TSV-M has no result then; leave "
+        "the tensor out with `linear_exclude`, or use drm");
   }
 
   const MatrixShape shape_;
+  const std::vector<int64_t> ranks_;
   const int count_;
   const DType dtype_, result_dtype_;
   const double lambda_;
@@ -106,7 +127,7 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
       CheckOrder(std::max(shape.rows, shape.columns), "leave it out with `linear_exclude`"));
   Treatment treatment;
   treatment.task =
-      std::make_shared<const TsvTask>(shape, tensor.inputs, tensor.dtype, tensor.result_dtype,
+      std::make_shared<const TsvTask>(shape, tensor.ranks, tensor.dtype, tensor.result_dtype,
                                       std::get<double>(tensor.params.at("lambda")));
   return treatment;
 }

@@ -942,11 +942,26 @@ class Planner {
     return donor;
   }
 
+  // The rank of the product by which an input differs from the base; 0 where it may differ in
+  // another way.
+  int64_t RankOverBase(const PlanInput& input, const PlanTensor& tensor) const {
+    const LowRankUpdate* const update = input.source->update();
+    if (update == nullptr || !tensor.base || tensor.base->tensor != input.tensor) return 0;
+    const ModelRef& base = plan_.models[tensor.base->model].checkpoint->ref();
+    const ModelRef& own = plan_.models[input.model].checkpoint->ref();
+    const bool plain = !plan_.models[tensor.base->model].checkpoint->Adapted(tensor.base->tensor);
+    return plain && base.path == own.path && base.revision == own.revision ? update->rank : 0;
+  }
+
   // Lets the method say how it treats the tensor.
   absl::Status Treat(const ArchTensor& output, bool rearranged, PlanTensor& tensor) {
     ASSIGN_OR_RETURN(const std::optional<LayerInputs> layer, FindStatistics(rearranged, tensor));
     std::vector<const ParamValues*> of_inputs;
-    for (const PlanInput& input : tensor.inputs) of_inputs.push_back(&input.params);
+    std::vector<int64_t> ranks;
+    for (const PlanInput& input : tensor.inputs) {
+      of_inputs.push_back(&input.params);
+      ranks.push_back(RankOverBase(input, tensor));
+    }
     const PlanInput& any = tensor.base ? *tensor.base : tensor.inputs.front();
     ASSIGN_OR_RETURN(Treatment treatment,
                      method_->treat({.name = output.name,
@@ -957,6 +972,7 @@ class Planner {
                                      .vocabulary = output.vocabulary,
                                      .params = tensor.params,
                                      .input_params = std::move(of_inputs),
+                                     .ranks = std::move(ranks),
                                      .layer_inputs = layer ? &*layer : nullptr,
                                      .has_statistics = !tensor.statistics.empty()}));
     tensor.task = std::move(treatment.task);

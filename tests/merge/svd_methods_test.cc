@@ -112,6 +112,31 @@ Dense RandomOrthogonal(int64_t side, int seed) {
   return q;
 }
 
+// Directions that are not rounding noise, by elimination with the largest entry as pivot.
+int64_t RankOf(Dense m) {
+  const auto least = [&](const Dense& d) {
+    double largest = 0;
+    for (double value : d.values) largest = std::max(largest, std::abs(value));
+    return 1e-9 * largest;
+  }(m);
+  for (int64_t rank = 0;; ++rank) {
+    int64_t row = 0, column = 0;
+    for (int64_t i = 0; i < m.rows; ++i) {
+      for (int64_t j = 0; j < m.columns; ++j) {
+        if (std::abs(m(i, j)) > std::abs(m(row, column))) row = i, column = j;
+      }
+    }
+    const double pivot = m(row, column);
+    if (std::abs(pivot) <= least) return rank;
+    for (int64_t i = 0; i < m.rows; ++i) {
+      const double factor = m(i, column) / pivot;
+      if (i == row) continue;
+      for (int64_t j = 0; j < m.columns; ++j) m(i, j) -= factor * m(row, j);
+    }
+    for (int64_t j = 0; j < m.columns; ++j) m(row, j) = 0;
+  }
+}
+
 double LargestOf(const std::vector<double>& values) {
   double largest = 0;
   for (double value : values) largest = std::max(largest, std::abs(value));
@@ -666,6 +691,128 @@ TEST(Drm, EigenvalueProblemsThatAreTooLargeAreRefused) {
                AllOf(HasSubstr("fc.weight"), HasSubstr("33000"), HasSubstr("linear_exclude"))));
 }
 
+// --- Adapters ---------------------------------------------------------------------------------
+
+// Merges adapters on a base of zeros by their factors, and what they add up to by itself.
+class AdapterTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  static constexpr int64_t kRows = 28, kColumns = 20;
+
+  struct Adapter {
+    Dense a, b;
+    double scale;
+  };
+  static Adapter MakeAdapter(int64_t rank, int seed) {
+    const auto rounded = [](Dense m) {
+      for (double& value : m.values) value = static_cast<float>(0.1 * value);
+      return m;
+    };
+    return {rounded(Random(rank, kColumns, seed)), rounded(Random(kRows, rank, seed + 1)), 2};
+  }
+  static Dense DeltaOf(const Adapter& adapter) {
+    return Scaled(Times(adapter.b, adapter.a), adapter.scale);
+  }
+
+  // Folder 0 is the base, `whole` models follow, then adapters.
+  absl::StatusOr<Plan> PlanOf(const std::vector<Dense>& whole,
+                              const std::vector<Adapter>& adapters) {
+    const auto write = [&](const std::string& name, const Dense& values) {
+      fs::create_directories(folder_ / name);
+      WriteSafetensors(folder_ / (name + "/model.safetensors"),
+                       {{"fc.weight", DType::kF64, {kRows, kColumns}, values.values}});
+    };
+    write("base", Dense(kRows, kColumns));
+    std::vector<std::string> models;
+    for (const Dense& dense : whole) {
+      write(absl::StrCat("whole", models.size()), dense);
+      models.push_back(folder_ / absl::StrCat("whole", models.size()));
+    }
+    for (const Adapter& adapter : adapters) {
+      const std::string name = absl::StrCat("adapter", models.size());
+      const int64_t rank = adapter.a.rows;
+      folder_.Write(name + "/adapter_config.json",
+                    absl::StrCat(R"({"peft_type":"LORA","r":)", rank, R"(,"lora_alpha":)",
+                                 adapter.scale * static_cast<double>(rank), "}"));
+      const std::string prefix = "base_model.model.fc";
+      WriteSafetensors(
+          folder_ / (name + "/adapter_model.safetensors"),
+          {{prefix + ".lora_A.weight", DType::kF32, {rank, kColumns}, adapter.a.values},
+           {prefix + ".lora_B.weight", DType::kF32, {kRows, rank}, adapter.b.values}});
+      models.push_back(absl::StrCat(folder_ / "base", "+", folder_ / name));
+    }
+    std::string recipe =
+        absl::StrCat("merge_method: ", Method(), "\nbase_model: ", folder_ / "base", "\nmodels:\n");
+    for (const std::string& model : models) absl::StrAppend(&recipe, "  - model: ", model, "\n");
+    absl::StrAppend(&recipe, "parameters: {", Parameters(), "}\ndtype: float64\n");
+    absl::StatusOr<Recipe> parsed = ParseRecipe(recipe);
+    if (!parsed.ok()) return parsed.status();
+    PlanOptions options;
+    options.device = "cpu";
+    return MakePlan(*parsed, options);
+  }
+
+  void ExpectSame(const std::vector<Dense>& whole, const std::vector<Adapter>& adapters) {
+    const auto plan = PlanOf(whole, adapters);
+    ASSERT_THAT(plan, IsOk());
+    const auto manifest = RunPlan(*plan, {.output = folder_ / "out"});
+    ASSERT_THAT(manifest, IsOk());
+    const std::vector<double> got = ReadTensors(folder_ / "out").at("fc.weight").values;
+    std::vector<Dense> dense = whole;
+    for (const Adapter& adapter : adapters) dense.push_back(DeltaOf(adapter));
+    const Dense want = MergeOnZeros(dense, Method(), Parameters());
+    EXPECT_GT(LargestOf(want.values), 0);
+    EXPECT_LE(LargestDifference(got, want.values), 1e-9 * LargestOf(want.values));
+    // By its factors an adapter's own weight is never made, nor is the base read for it.
+    const json read = json::parse(manifest->json)["inputs"];
+    for (const json& model : read) {
+      if (model["model"].get<std::string>().find('+') == std::string::npos) continue;
+      EXPECT_FALSE(model["files"][0].contains("crc32c")) << model.dump(1);
+    }
+  }
+
+  std::string Method() const {
+    return std::string(GetParam()).starts_with("drm") ? "drm" : GetParam();
+  }
+  std::string Parameters() const {
+    return GetParam() == std::string("drm_vertical") ? "direction: vertical" : "";
+  }
+
+  const TempFolder folder_;
+};
+
+TEST_P(AdapterTest, TheirFactorsMergeAsTheirProducts) {
+  ExpectSame({}, {MakeAdapter(3, 1), MakeAdapter(5, 20), MakeAdapter(3, 40)});
+}
+
+// The ranks sum to more than either side.
+TEST_P(AdapterTest, OfRanksBeyondTheWeight) {
+  ExpectSame({}, {MakeAdapter(16, 1), MakeAdapter(15, 20)});
+}
+
+TEST_P(AdapterTest, BesideWholeModels) {
+  ExpectSame(RandomTasks(kRows, kColumns, 2, 5), {MakeAdapter(4, 1), MakeAdapter(8, 20)});
+}
+
+INSTANTIATE_TEST_SUITE_P(Methods, AdapterTest,
+                         ::testing::Values("drm", "drm_vertical", "knots_ties", "tsv_m"),
+                         [](const auto& info) { return std::string(info.param); });
+
+class IsoAdapterTest : public AdapterTest {};
+
+TEST_P(IsoAdapterTest, SumsWithoutFullRankAreRefusedWhilePlanning) {
+  EXPECT_THAT(PlanOf({}, {MakeAdapter(3, 1), MakeAdapter(5, 20)}),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       AllOf(HasSubstr("fc.weight"), HasSubstr("rank 8 of 20"))));
+}
+
+TEST_P(IsoAdapterTest, BesideWholeModels) {
+  if (GetParam() == std::string("iso_cts")) return;  // an adapter has too few directions of its own
+  ExpectSame(RandomTasks(kRows, kColumns, 2, 5), {MakeAdapter(4, 1)});
+}
+
+INSTANTIATE_TEST_SUITE_P(Methods, IsoAdapterTest, ::testing::Values("iso_c", "iso_cts"),
+                         [](const auto& info) { return std::string(info.param); });
+
 // --- The others -------------------------------------------------------------------------------
 
 constexpr char kRefusal[] = "linear_exclude";
@@ -719,12 +866,53 @@ TEST_P(FamilyTest, NoTaskDiffersFromTheBase) {
     for (size_t i = 0; i < 54; ++i) model[0].values[i] = std::cos(static_cast<double>(i));
   }
   const auto merged = Merge(models, GetParam(), "");
-  if (GetParam() == std::string("tsv_m")) {
-    EXPECT_THAT(merged, StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr(kRefusal)));
-    return;
-  }
   ASSERT_THAT(merged, IsOk());
   EXPECT_EQ(merged->at("fc.weight").values, models[0][0].values);
+}
+
+// A task that leaves a weight as it is adds nothing of its own, wherever it is listed.
+TEST_P(FamilyTest, ATaskOfZeros) {
+  if (GetParam() == std::string("knots_dare_ties")) return;  // draws go by place
+  const std::vector<Dense> tasks = RandomTasks(20, 14, 2, 3);
+  const Dense zeros(20, 14);
+  const auto last = MergeTasks({tasks[0], tasks[1], zeros}),
+             first = MergeTasks({zeros, tasks[0], tasks[1]});
+  ASSERT_THAT(last, IsOk());
+  ASSERT_THAT(first, IsOk());
+  const std::vector<double>& values = last->at("fc.weight").values;
+  EXPECT_GT(LargestOf(values), 0);
+  EXPECT_LE(LargestDifference(first->at("fc.weight").values, values), 1e-10 * LargestOf(values));
+  if (GetParam() == std::string("iso_c")) {
+    EXPECT_LE(LargestDifference(MergeTasks(tasks)->at("fc.weight").values, values),
+              1e-12 * LargestOf(values));
+  }
+  if (GetParam() != std::string("tsv_m")) return;
+  // floor(14 / 3) triplets of each of the two: the merge has no more directions.
+  Dense merged(20, 14);
+  merged.values = values;
+  EXPECT_EQ(RankOf(merged), 8);
+}
+
+TEST_P(FamilyTest, OneTask) {
+  const std::vector<Dense> tasks = RandomTasks(16, 12, 1, 3);
+  const std::string density = std::string(GetParam()).starts_with("knots") ? "density: 1" : "";
+  const auto merged = MergeTasks(
+      tasks, GetParam() == std::string("knots_dare_ties") ? "density: 1, drop: 0" : density);
+  ASSERT_THAT(merged, IsOk());
+  const std::vector<double>& values = merged->at("fc.weight").values;
+  // All its triplets, or all that KnOTS aligns: itself. Iso makes its values equal.
+  const bool iso = std::string(GetParam()).starts_with("iso");
+  const double difference = LargestDifference(values, tasks[0].values);
+  const double largest = LargestOf(tasks[0].values);
+  EXPECT_EQ(difference <= 1e-11 * largest, !iso) << difference;
+}
+
+TEST_P(FamilyTest, ValuesThatAreNotFiniteAreRefused) {
+  Models models = OnZeros(RandomTasks(8, 8, 2, 1));
+  models[2][0].values[5] = std::numeric_limits<double>::infinity();
+  EXPECT_THAT(Merge(models, GetParam(), ""),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       AllOf(HasSubstr("fc.weight"), HasSubstr("NaN or infinite"))));
 }
 
 // Methods that give every direction the same weight, or make directions orthogonal, refuse what

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "base/status.h"
 
 namespace pewter::methods {
@@ -17,28 +18,40 @@ using kernels::Transpose;
 constexpr int64_t kWidth = sizeof(double);
 // Products are cut into blocks of this many rows.
 constexpr int64_t kRowsAtATime = 512;
+// Elements that are converted at a time.
+constexpr int64_t kRun = int64_t{1} << 15;
 // Blocks that the linear algebra widens while it multiplies.
 constexpr int64_t kProductBytes = int64_t{8} << 20;
 // A vector carried over from the other side has an error of 1e-16 (s_1 / s_j)^2: below this cut
 // the shared side's own Gram matrix is taken even where it is the larger.
 constexpr double kLeastCarriedOver = 1e-3;
 
-bool TakesOtherSide(MatrixShape shape, int count, Stack stack, const RankCut& cut) {
-  return count * BlockLength(stack, shape) < SharedSide(stack, shape) &&
-         cut.relative >= kLeastCarriedOver;
+// How the shared side's vectors are found.
+enum class Way {
+  kSharedSide,  // from its Gram matrix
+  kOtherSide,   // from the other side's
+  kFactors,     // in the space that the factors of products span
+};
+Way WayOf(MatrixShape shape, absl::Span<const int64_t> ranks, Stack stack, const RankCut& cut) {
+  const int64_t side = SharedSide(stack, shape);
+  if (!ranks.empty() && absl::c_all_of(ranks, [](int64_t rank) { return rank > 0; }) &&
+      absl::c_accumulate(ranks, int64_t{0}) < side) {
+    return Way::kFactors;
+  }
+  const bool dense = absl::c_all_of(ranks, [](int64_t rank) { return rank == 0; });
+  const bool shorter = static_cast<int64_t>(ranks.size()) * BlockLength(stack, shape) < side;
+  return dense && shorter && cut.relative >= kLeastCarriedOver ? Way::kOtherSide : Way::kSharedSide;
 }
 
-MatrixShape ShapeOf(const ConstMatrix& m) { return {m.rows, m.columns}; }
+std::vector<int64_t> RanksOf(Deltas deltas) {
+  std::vector<int64_t> ranks;
+  for (const TaskVector& delta : deltas) ranks.push_back(delta.left.columns);
+  return ranks;
+}
 
 // Columns [first, first + columns) of a matrix.
 Matrix Columns(const Matrix& m, int64_t first, int64_t columns) {
   return {m.data + first, m.rows, columns, m.stride};
-}
-
-absl::StatusOr<Matrix> AllocateMatrix(kernels::Backend& backend, int64_t rows, int64_t columns,
-                                      std::unique_ptr<kernels::Buffer>& memory) {
-  ASSIGN_OR_RETURN(memory, backend.Allocate(rows * columns * kWidth));
-  return Matrix{static_cast<double*>(memory->data()), rows, columns, columns};
 }
 
 // How many of the values, largest first, stay.
@@ -50,17 +63,16 @@ int64_t RankOf(const std::vector<double>& values, const RankCut& cut) {
 
 // The vectors of the other side, [rank, count * length], become those of the shared one.
 absl::Status CarryOver(kernels::Backend& backend, kernels::LinearAlgebra& algebra,
-                       const Matrix& others, absl::Span<const ConstMatrix> deltas, Stack stack,
-                       JointBasis& basis) {
-  const MatrixShape shape = ShapeOf(deltas[0]);
+                       const Matrix& others, Deltas deltas, Stack stack, JointBasis& basis) {
+  const MatrixShape shape = deltas[0].shape;
   const int64_t side = SharedSide(stack, shape), length = BlockLength(stack, shape);
-  std::unique_ptr<kernels::Buffer> memory;
-  ASSIGN_OR_RETURN(const Matrix vectors, AllocateMatrix(backend, others.rows, side, memory));
+  ASSIGN_OR_RETURN(OwnMatrix carried, OwnMatrix::Make(backend, others.rows, side));
+  const Matrix vectors = carried.view;
   const Transpose transpose = stack == Stack::kHorizontal ? Transpose::kYes : Transpose::kNo;
   for (size_t t = 0; t < deltas.size(); ++t) {
     RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo,
                                  Columns(others, static_cast<int64_t>(t) * length, length),
-                                 transpose, deltas[t], 1, t == 0 ? 0 : 1, vectors));
+                                 transpose, deltas[t].dense, 1, t == 0 ? 0 : 1, vectors));
   }
   std::vector<double> inverse;
   for (int64_t j = 0; j < others.rows; ++j) inverse.push_back(1 / basis.spectrum[j]);
@@ -71,14 +83,132 @@ absl::Status CarryOver(kernels::Backend& backend, kernels::LinearAlgebra& algebr
   RETURN_IF_ERROR(backend.Map(scale, {{vectors.data, DType::kF64, size}},
                               {vectors.data, DType::kF64, size}, 0));
   RETURN_IF_ERROR(backend.Synchronize());  // before the values and the other side's vectors go
-  basis.memory = std::move(memory);
+  basis.memory = std::move(carried.memory);
   basis.vectors = vectors;
   return absl::OkStatus();
 }
 
+// The factor of a product on the shared side, [side, rank] or transposed, and the Gram matrix of
+// the other one: D D^T = F S F^T.
+absl::Status AddGramOfProduct(kernels::Backend& backend, kernels::LinearAlgebra& algebra,
+                              const TaskVector& delta, Stack stack, double beta, Matrix gram) {
+  const bool horizontal = stack == Stack::kHorizontal;
+  const int64_t side = gram.rows, rank = delta.left.columns;
+  ASSIGN_OR_RETURN(const OwnMatrix square, OwnMatrix::Make(backend, rank, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix half, OwnMatrix::Make(backend, side, rank));
+  const Matrix& other = horizontal ? delta.right : delta.left;
+  const Matrix& shared = horizontal ? delta.left : delta.right;
+  RETURN_IF_ERROR(
+      algebra.Gram(horizontal ? Transpose::kNo : Transpose::kYes, other, 0, square.view));
+  const Transpose transpose = horizontal ? Transpose::kNo : Transpose::kYes;
+  RETURN_IF_ERROR(algebra.Gemm(transpose, shared, Transpose::kNo, square.view, 1, 0, half.view));
+  RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo, half.view,
+                               horizontal ? Transpose::kYes : Transpose::kNo, shared, 1, beta,
+                               gram));
+  return backend.Synchronize();  // before the parts go
+}
+
+// Of products alone: with F = [F_1 ... F_T] = Q R for the factors on the shared side, the stack is
+// Q times one of as many rows as the ranks' sum.
+absl::Status FindBasisOfFactors(kernels::Backend& backend, kernels::LinearAlgebra& algebra,
+                                Deltas deltas, Stack stack, const RankCut& cut, JointBasis& basis) {
+  const bool horizontal = stack == Stack::kHorizontal;
+  const int64_t side = SharedSide(stack, deltas[0].shape);
+  const int64_t order = absl::c_accumulate(RanksOf(deltas), int64_t{0});
+  ASSIGN_OR_RETURN(const OwnMatrix identity, MakeIdentity(backend, order));
+  ASSIGN_OR_RETURN(const OwnMatrix q, OwnMatrix::Make(backend, side, order));
+  ASSIGN_OR_RETURN(const OwnMatrix r, OwnMatrix::Make(backend, order, order));
+  ASSIGN_OR_RETURN(const OwnMatrix gram, OwnMatrix::Make(backend, order, order));
+  int64_t column = 0;
+  for (const TaskVector& delta : deltas) {
+    const int64_t rank = delta.left.columns;
+    // Places the factor: a product with rows of the identity is exact.
+    const Matrix place = {identity.view.data + column * order, rank, order, order};
+    RETURN_IF_ERROR(algebra.Gemm(horizontal ? Transpose::kNo : Transpose::kYes,
+                                 horizontal ? delta.left : delta.right, Transpose::kNo, place, 1,
+                                 column == 0 ? 0 : 1, q.view));
+    column += rank;
+  }
+  RETURN_IF_ERROR(algebra.QrFactor(q.view, r.view));
+  column = 0;
+  for (const TaskVector& delta : deltas) {
+    const int64_t rank = delta.left.columns;
+    TaskVector in_space = delta;
+    const Matrix of_r = Columns(r.view, column, rank);
+    OwnMatrix turned;
+    if (horizontal) {
+      in_space.left = of_r;
+    } else {
+      ASSIGN_OR_RETURN(turned, OwnMatrix::Make(backend, rank, order));
+      in_space.right = turned.view;
+      RETURN_IF_ERROR(
+          algebra.Gemm(Transpose::kYes, of_r, Transpose::kNo, identity.view, 1, 0, turned.view));
+    }
+    RETURN_IF_ERROR(
+        AddGramOfProduct(backend, algebra, in_space, stack, column == 0 ? 0 : 1, gram.view));
+    column += rank;
+  }
+  RETURN_IF_ERROR(algebra.SymmetricEigen({{gram.view, &basis.spectrum}}));
+  for (double& value : basis.spectrum) value = std::sqrt(std::max(value, 0.0));
+  const int64_t rank = RankOf(basis.spectrum, cut);
+  const Matrix leading = {gram.view.data, rank, order, order};
+  ASSIGN_OR_RETURN(OwnMatrix vectors, OwnMatrix::Make(backend, rank, side));
+  RETURN_IF_ERROR(
+      algebra.Gemm(Transpose::kNo, leading, Transpose::kYes, q.view, 1, 0, vectors.view));
+  basis.memory = std::move(vectors.memory);
+  basis.vectors = vectors.view;
+  return backend.Synchronize();  // before the parts go
+}
+
+// to = x a b, where the product with `a` is the smaller.
+absl::Status MultiplyTwice(kernels::Backend& backend, const Matrix& x, Transpose transpose_a,
+                           const Matrix& a, Transpose transpose_b, const Matrix& b, Matrix to) {
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  const int64_t rank = transpose_a == Transpose::kNo ? a.columns : a.rows;
+  ASSIGN_OR_RETURN(const OwnMatrix half, OwnMatrix::Make(backend, x.rows, rank));
+  RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, x, transpose_a, a, 1, 0, half.view));
+  RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, half.view, transpose_b, b, 1, 0, to));
+  return backend.Synchronize();  // before the half goes
+}
+
 }  // namespace
 
-absl::StatusOr<TaskVectors> TaskVectors::Load(TaskContext& context, int count) {
+absl::StatusOr<OwnMatrix> OwnMatrix::Make(kernels::Backend& backend, int64_t rows,
+                                          int64_t columns) {
+  OwnMatrix m;
+  ASSIGN_OR_RETURN(m.memory, backend.Allocate(rows * columns * kWidth));
+  m.view = {static_cast<double*>(m.memory->data()), rows, columns, columns};
+  return m;
+}
+
+absl::StatusOr<OwnMatrix> MakeIdentity(kernels::Backend& backend, int64_t size) {
+  std::vector<double> values(size * size);
+  for (int64_t i = 0; i < size; ++i) values[i * size + i] = 1;
+  ASSIGN_OR_RETURN(OwnMatrix identity, OwnMatrix::Make(backend, size, size));
+  RETURN_IF_ERROR(backend.Upload(values.data(), identity.view.data, size * size * kWidth));
+  RETURN_IF_ERROR(backend.Synchronize());  // before the values go
+  return identity;
+}
+
+absl::Status MultiplyTransposed(kernels::Backend& backend, const Matrix& x, const TaskVector& d,
+                                Matrix to) {
+  if (d.product()) {
+    return MultiplyTwice(backend, x, Transpose::kYes, d.right, Transpose::kYes, d.left, to);
+  }
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  return algebra->Gemm(Transpose::kNo, x, Transpose::kYes, d.dense, 1, 0, to);
+}
+
+absl::Status Multiply(kernels::Backend& backend, const Matrix& x, const TaskVector& d, Matrix to) {
+  if (d.product()) {
+    return MultiplyTwice(backend, x, Transpose::kNo, d.left, Transpose::kNo, d.right, to);
+  }
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  return algebra->Gemm(Transpose::kNo, x, Transpose::kNo, d.dense, 1, 0, to);
+}
+
+absl::StatusOr<TaskVectors> TaskVectors::Load(TaskContext& context,
+                                              absl::Span<const int64_t> ranks) {
   TaskVectors vectors;
   vectors.shape_ = AsMatrix(context.shape(TaskContext::kBase));
   vectors.dtype_ = context.dtype(TaskContext::kBase);
@@ -87,56 +217,95 @@ absl::StatusOr<TaskVectors> TaskVectors::Load(TaskContext& context, int count) {
     ASSIGN_OR_RETURN(vectors.host_base_,
                      context.Load(TaskContext::kBase, TaskContext::Where::kHost));
   }
-  for (int t = 0; t < count; ++t) {
-    ASSIGN_OR_RETURN(std::unique_ptr<kernels::Buffer> input,
-                     context.Load(t, TaskContext::Where::kBackend));
-    vectors.inputs_.push_back(std::move(input));
+  kernels::Backend& backend = context.backend();
+  for (size_t t = 0; t < ranks.size(); ++t) {
+    const int input = static_cast<int>(t);
+    Input& loaded = vectors.inputs_.emplace_back();
+    if (ranks[t] == 0) {
+      ASSIGN_OR_RETURN(loaded.memory, context.Load(input, TaskContext::Where::kBackend));
+      continue;
+    }
+    ASSIGN_OR_RETURN(const TaskContext::Factors factors, context.LoadFactors(input));
+    loaded.rank = factors.rank;
+    const int64_t left = static_cast<int64_t>(factors.left.size()) * kWidth,
+                  right = static_cast<int64_t>(factors.right.size()) * kWidth;
+    ASSIGN_OR_RETURN(loaded.memory, backend.Allocate(left + right));
+    auto* const data = static_cast<char*>(loaded.memory->data());
+    RETURN_IF_ERROR(backend.Upload(factors.left.data(), data, left));
+    RETURN_IF_ERROR(backend.Upload(factors.right.data(), data + left, right));
+    RETURN_IF_ERROR(backend.Synchronize());  // before the factors go
   }
   return vectors;
 }
 
-std::vector<ConstMatrix> TaskVectors::Rows(int64_t first, int64_t rows) const {
+int64_t TaskVectors::Bytes(MatrixShape shape, DType dtype, absl::Span<const int64_t> ranks) {
+  int64_t bytes = 2 * shape.rows * shape.columns * ByteWidth(dtype);
+  for (int64_t rank : ranks) {
+    // Factors are in host memory first.
+    bytes += rank == 0 ? shape.rows * shape.columns * ByteWidth(dtype)
+                       : 2 * rank * (shape.rows + shape.columns) * kWidth;
+  }
+  return bytes;
+}
+
+std::vector<TaskVector> TaskVectors::Rows(int64_t first, int64_t rows) const {
   const int64_t offset = first * shape_.columns * ByteWidth(dtype_);
-  const auto at = [&](const std::unique_ptr<kernels::Buffer>& buffer) {
-    return static_cast<const char*>(buffer->data()) + offset;
-  };
-  std::vector<ConstMatrix> deltas;
-  for (const auto& input : inputs_) {
-    deltas.push_back({.data = at(input),
-                      .dtype = dtype_,
-                      .rows = rows,
-                      .columns = shape_.columns,
-                      .stride = shape_.columns,
-                      .minus = at(base_)});
+  std::vector<TaskVector> deltas;
+  for (const Input& input : inputs_) {
+    TaskVector& delta = deltas.emplace_back();
+    delta.shape = {rows, shape_.columns};
+    if (input.rank > 0) {
+      auto* const data = static_cast<double*>(input.memory->data());
+      delta.left = {data + first * input.rank, rows, input.rank, input.rank};
+      delta.right = {data + shape_.rows * input.rank, input.rank, shape_.columns, shape_.columns};
+      continue;
+    }
+    delta.dense = {.data = static_cast<const char*>(input.memory->data()) + offset,
+                   .dtype = dtype_,
+                   .rows = rows,
+                   .columns = shape_.columns,
+                   .stride = shape_.columns,
+                   .minus = static_cast<const char*>(base_->data()) + offset};
   }
   return deltas;
 }
 
-absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend,
-                                          absl::Span<const ConstMatrix> deltas, Stack stack,
+absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend, Deltas deltas, Stack stack,
                                           const RankCut& cut) {
   ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
-  const MatrixShape shape = ShapeOf(deltas[0]);
+  const MatrixShape shape = deltas[0].shape;
   const int count = static_cast<int>(deltas.size());
-  const bool other_side = TakesOtherSide(shape, count, stack, cut);
+  const Way way = WayOf(shape, RanksOf(deltas), stack, cut);
+  JointBasis basis;
+  if (way == Way::kFactors) {
+    RETURN_IF_ERROR(FindBasisOfFactors(backend, *algebra, deltas, stack, cut, basis));
+    return basis;
+  }
+  const bool other_side = way == Way::kOtherSide;
   const int64_t length = BlockLength(stack, shape);
   const int64_t order = other_side ? count * length : SharedSide(stack, shape);
   const bool horizontal = stack == Stack::kHorizontal;
 
-  JointBasis basis;
-  ASSIGN_OR_RETURN(const Matrix gram, AllocateMatrix(backend, order, order, basis.memory));
+  ASSIGN_OR_RETURN(OwnMatrix own, OwnMatrix::Make(backend, order, order));
+  basis.memory = std::move(own.memory);
+  const Matrix gram = own.view;
   for (int t = 0; t < count; ++t) {
+    const double beta = t == 0 ? 0 : 1;
+    if (deltas[t].product()) {
+      RETURN_IF_ERROR(AddGramOfProduct(backend, *algebra, deltas[t], stack, beta, gram));
+      continue;
+    }
     if (!other_side) {
-      RETURN_IF_ERROR(algebra->Gram(horizontal ? Transpose::kNo : Transpose::kYes, deltas[t],
-                                    t == 0 ? 0 : 1, gram));
+      RETURN_IF_ERROR(algebra->Gram(horizontal ? Transpose::kNo : Transpose::kYes, deltas[t].dense,
+                                    beta, gram));
       continue;
     }
     // Only the lower triangle is read.
     for (int s = 0; s <= t; ++s) {
       const Matrix part = {gram.data + t * length * order + s * length, length, length, order};
-      RETURN_IF_ERROR(algebra->Gemm(horizontal ? Transpose::kYes : Transpose::kNo, deltas[t],
-                                    horizontal ? Transpose::kNo : Transpose::kYes, deltas[s], 1, 0,
-                                    part));
+      RETURN_IF_ERROR(algebra->Gemm(horizontal ? Transpose::kYes : Transpose::kNo, deltas[t].dense,
+                                    horizontal ? Transpose::kNo : Transpose::kYes, deltas[s].dense,
+                                    1, 0, part));
     }
   }
   RETURN_IF_ERROR(algebra->SymmetricEigen({{gram, &basis.spectrum}}));
@@ -153,21 +322,33 @@ absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend,
   return basis;
 }
 
-JointBasisCost CostOfJointBasis(MatrixShape shape, int count, Stack stack, const RankCut& cut) {
+JointBasisCost CostOfJointBasis(MatrixShape shape, absl::Span<const int64_t> ranks, Stack stack,
+                                const RankCut& cut) {
   const int64_t side = SharedSide(stack, shape);
+  const Way way = WayOf(shape, ranks, stack, cut);
+  const int64_t sum_of_ranks = absl::c_accumulate(ranks, int64_t{0});
+  const int64_t largest = ranks.empty() ? 0 : *absl::c_max_element(ranks);
   JointBasisCost cost;
-  cost.rank = std::min(side, count * BlockLength(stack, shape));
-  const bool other_side = TakesOtherSide(shape, count, stack, cut);
-  cost.order = other_side ? cost.rank : side;
+  if (way == Way::kFactors) {
+    cost.order = cost.rank = sum_of_ranks;
+  } else {
+    cost.rank = std::min(side, static_cast<int64_t>(ranks.size()) * BlockLength(stack, shape));
+    cost.order = way == Way::kOtherSide ? cost.rank : side;
+  }
   const int64_t square = cost.order * cost.order * kWidth;
-  // The solver needs twice the matrix besides.
-  cost.kept = other_side ? cost.rank * side * kWidth : square;
-  cost.peak = std::max(3 * square + 8 * cost.order * kWidth, square + cost.kept) + kProductBytes;
+  cost.kept = way == Way::kSharedSide ? square : cost.rank * side * kWidth;
+  // The solver needs twice the matrix besides; factors that are multiplied have a half product.
+  cost.peak = std::max(3 * square + 8 * cost.order * kWidth, square + cost.kept) + kProductBytes +
+              2 * largest * (side + largest) * kWidth;
+  // Q, R and the identity, with the workspace of the QR.
+  if (way == Way::kFactors) {
+    cost.peak += cost.order * side * kWidth + 2 * square + 64 * cost.order * kWidth;
+  }
   return cost;
 }
 
 Matrix JointBlocks::Of(int t) const {
-  return {static_cast<double*>(memory->data()) + t * rank * length, rank, length, length};
+  return {static_cast<double*>(memory[t]->data()), rank, length, length};
 }
 
 ConstView JointBlocks::View(int t) const { return {Of(t).data, DType::kF64, rank * length}; }
@@ -179,18 +360,21 @@ std::vector<ConstView> JointBlocks::Views() const {
 }
 
 absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const JointBasis& basis,
-                                           absl::Span<const ConstMatrix> deltas, Stack stack) {
-  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+                                           Deltas deltas, Stack stack, TaskVectors* used_up) {
   JointBlocks blocks;
   blocks.rank = basis.rank();
-  blocks.length = BlockLength(stack, ShapeOf(deltas[0]));
+  blocks.length = BlockLength(stack, deltas[0].shape);
   blocks.count = static_cast<int>(deltas.size());
-  ASSIGN_OR_RETURN(blocks.memory,
-                   backend.Allocate(blocks.count * blocks.rank * blocks.length * kWidth));
   for (int t = 0; t < blocks.count; ++t) {
-    RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, basis.vectors,
-                                  stack == Stack::kHorizontal ? Transpose::kNo : Transpose::kYes,
-                                  deltas[t], 1, 0, blocks.Of(t)));
+    ASSIGN_OR_RETURN(blocks.memory.emplace_back(),
+                     backend.Allocate(blocks.rank * blocks.length * kWidth));
+    if (blocks.rank == 0) continue;
+    RETURN_IF_ERROR(stack == Stack::kHorizontal
+                        ? Multiply(backend, basis.vectors, deltas[t], blocks.Of(t))
+                        : MultiplyTransposed(backend, basis.vectors, deltas[t], blocks.Of(t)));
+    if (used_up == nullptr) continue;
+    RETURN_IF_ERROR(backend.Synchronize());
+    used_up->Release(t);
   }
   return blocks;
 }
@@ -227,28 +411,33 @@ absl::Status TaskVectors::Emit(kernels::Backend& backend, int64_t begin, int64_t
                                kernels::View result) const {
   const auto& base = host_base_ == nullptr ? base_ : host_base_;
   const int64_t step = std::min(kRowsAtATime, end - begin);
-  std::unique_ptr<kernels::Buffer> memory;
-  ASSIGN_OR_RETURN(const Matrix block, AllocateMatrix(backend, step, shape_.columns, memory));
-  std::vector<double> values(step * shape_.columns), of_base(values.size());
+  ASSIGN_OR_RETURN(const OwnMatrix block, OwnMatrix::Make(backend, step, shape_.columns));
+  std::vector<double> downloaded(backend.host_memory() ? 0 : step * shape_.columns);
+  double* const values = backend.host_memory() ? block.view.data : downloaded.data();
+  std::vector<double> of_base(std::min(kRun, step * shape_.columns));
   for (int64_t first = begin; first < end; first += step) {
     const int64_t rows = std::min(step, end - first), size = rows * shape_.columns;
-    RETURN_IF_ERROR(rows_of(first, {block.data, rows, shape_.columns, shape_.columns}));
-    RETURN_IF_ERROR(backend.Download(block.data, values.data(), size * kWidth));
-    const int64_t at = first * shape_.columns;
-    kernels::Convert(
-        {static_cast<const char*>(base->data()) + at * ByteWidth(dtype_), dtype_, size},
-        {of_base.data(), DType::kF64, size});
+    RETURN_IF_ERROR(rows_of(first, {block.view.data, rows, shape_.columns, shape_.columns}));
+    if (!backend.host_memory()) {
+      RETURN_IF_ERROR(backend.Download(block.view.data, values, size * kWidth));
+    }
     RETURN_IF_ERROR(backend.Synchronize());
-    for (int64_t i = 0; i < size; ++i) values[i] += of_base[i];
-    kernels::Convert(
-        {values.data(), DType::kF64, size},
-        {static_cast<char*>(result.data) + at * ByteWidth(result.dtype), result.dtype, size});
+    for (int64_t run = 0; run < size; run += kRun) {
+      const int64_t count = std::min(kRun, size - run), at = first * shape_.columns + run;
+      kernels::Convert(
+          {static_cast<const char*>(base->data()) + at * ByteWidth(dtype_), dtype_, count},
+          {of_base.data(), DType::kF64, count});
+      for (int64_t i = 0; i < count; ++i) values[run + i] += of_base[i];
+      kernels::Convert(
+          {values + run, DType::kF64, count},
+          {static_cast<char*>(result.data) + at * ByteWidth(result.dtype), result.dtype, count});
+    }
   }
   return absl::OkStatus();
 }
 
 int64_t TaskVectors::EmitBytes(MatrixShape shape) {
-  return 3 * std::min(kRowsAtATime, shape.rows) * shape.columns * kWidth;
+  return 2 * std::min(kRowsAtATime, shape.rows) * shape.columns * kWidth + kRun * kWidth;
 }
 
 absl::Status ExpandRows(kernels::LinearAlgebra& algebra, const JointBasis& basis,

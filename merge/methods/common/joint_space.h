@@ -7,6 +7,10 @@
 // has a smaller extent on the other side, the Gram matrix of that side is taken and its vectors are
 // carried over.
 //
+// A task vector may be a product L R of an adapter's factors, and stays one: it takes part in Gram
+// matrices and projections by its factors. Where all are products whose ranks sum to less than the
+// shared side, [L_1 ... L_T] = Q R leaves an eigenvalue problem of the sum of the ranks.
+//
 // All is double, in the memory of the backend; sizes are elements. Errors are the backend's.
 #pragma once
 
@@ -25,6 +29,16 @@
 
 namespace pewter::methods {
 
+// A matrix in the backend's memory that is its own.
+struct OwnMatrix {
+  std::unique_ptr<kernels::Buffer> memory;
+  kernels::Matrix view;
+
+  static absl::StatusOr<OwnMatrix> Make(kernels::Backend& backend, int64_t rows, int64_t columns);
+};
+
+absl::StatusOr<OwnMatrix> MakeIdentity(kernels::Backend& backend, int64_t size);
+
 enum class Stack { kHorizontal, kVertical };
 
 // Of a matrix [rows, columns]: the extent that the stacked matrices share, and the other one.
@@ -35,19 +49,31 @@ inline int64_t BlockLength(Stack stack, MatrixShape shape) {
   return stack == Stack::kHorizontal ? shape.columns : shape.rows;
 }
 
+// A task vector, or some rows of one.
+struct TaskVector {
+  MatrixShape shape;
+  kernels::ConstMatrix dense;   // where it is no product
+  kernels::Matrix left, right;  // [rows, rank], [rank, columns]; a rank of 0: it is no product
+
+  bool product() const { return left.columns > 0; }
+};
+using Deltas = absl::Span<const TaskVector>;
+
 // Base and inputs of a task, whole.
 class TaskVectors {
  public:
-  static absl::StatusOr<TaskVectors> Load(TaskContext& context, int count);
+  // `ranks`: TensorFacts::ranks.
+  static absl::StatusOr<TaskVectors> Load(TaskContext& context, absl::Span<const int64_t> ranks);
   // What Load takes.
-  static int64_t Bytes(MatrixShape shape, DType dtype, int count) {
-    return (count + 2) * shape.rows * shape.columns * ByteWidth(dtype);
-  }
+  static int64_t Bytes(MatrixShape shape, DType dtype, absl::Span<const int64_t> ranks);
 
   MatrixShape shape() const { return shape_; }
   DType dtype() const { return dtype_; }
   // Rows [first, first + rows) of each task vector.
-  std::vector<kernels::ConstMatrix> Rows(int64_t first, int64_t rows) const;
+  std::vector<TaskVector> Rows(int64_t first, int64_t rows) const;
+
+  // Frees task vector `t`; the base stays. No delta of it is used afterwards.
+  void Release(int t) { inputs_[t].memory = nullptr; }
 
   // Writes base + delta into rows [begin, end) of a task's result, where rows [first, first +
   // out.rows) of delta are what `rows_of(first, out)` sets `out` to.
@@ -61,11 +87,22 @@ class TaskVectors {
   MatrixShape shape_;
   DType dtype_ = DType::kF32;
   std::unique_ptr<kernels::Buffer> base_, host_base_;  // null: the base is in host memory
-  std::vector<std::unique_ptr<kernels::Buffer>> inputs_;
+  struct Input {
+    std::unique_ptr<kernels::Buffer> memory;  // the tensor, or L and then R
+    int64_t rank = 0;
+  };
+  std::vector<Input> inputs_;
 };
 
+// to = x d^T for x [k, columns], and x d for x [k, rows].
+absl::Status MultiplyTransposed(kernels::Backend& backend, const kernels::Matrix& x,
+                                const TaskVector& d, kernels::Matrix to);
+absl::Status Multiply(kernels::Backend& backend, const kernels::Matrix& x, const TaskVector& d,
+                      kernels::Matrix to);
+
 struct JointBasis {
-  std::vector<double> spectrum;  // singular values of the stack, largest first: all of them
+  // Singular values of the stack, largest first: all that are not zero by its extents.
+  std::vector<double> spectrum;
   std::unique_ptr<kernels::Buffer> memory;
   kernels::Matrix vectors;  // [rank, side]: orthonormal rows, those of the largest values
 
@@ -79,9 +116,8 @@ struct RankCut {
   double absolute = 0;
 };
 
-absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend,
-                                          absl::Span<const kernels::ConstMatrix> deltas,
-                                          Stack stack, const RankCut& cut);
+absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend, Deltas deltas, Stack stack,
+                                          const RankCut& cut);
 // The order of the eigenvalue problem that it solves, and bytes that it takes at most while it runs
 // and keeps.
 struct JointBasisCost {
@@ -90,11 +126,12 @@ struct JointBasisCost {
   int64_t kept = 0;
   int64_t rank = 0;  // at most
 };
-JointBasisCost CostOfJointBasis(MatrixShape shape, int count, Stack stack, const RankCut& cut);
+JointBasisCost CostOfJointBasis(MatrixShape shape, absl::Span<const int64_t> ranks, Stack stack,
+                                const RankCut& cut);
 
-// The blocks s_j v_jt of all task vectors, [rank, length] each, one after the other.
+// The blocks s_j v_jt of all task vectors, [rank, length] each.
 struct JointBlocks {
-  std::unique_ptr<kernels::Buffer> memory;
+  std::vector<std::unique_ptr<kernels::Buffer>> memory;  // of each block
   int64_t rank = 0;
   int64_t length = 0;
   int count = 0;
@@ -103,9 +140,9 @@ struct JointBlocks {
   kernels::ConstView View(int t) const;
   std::vector<kernels::ConstView> Views() const;
 };
+// `used_up`: the task vectors, each of which is released as soon as it has its block; or null.
 absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const JointBasis& basis,
-                                           absl::Span<const kernels::ConstMatrix> deltas,
-                                           Stack stack);
+                                           Deltas deltas, Stack stack, TaskVectors* used_up);
 
 // Norms of the blocks' rows: that of row j of block t is value j * count + t.
 absl::StatusOr<std::vector<double>> RowNorms(kernels::Backend& backend, const JointBlocks& blocks);

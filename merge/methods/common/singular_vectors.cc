@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "base/status.h"
-#include "merge/methods/common/joint_space.h"
 
 namespace pewter::methods {
 namespace {
 
-using kernels::ConstMatrix;
 using kernels::Matrix;
 using kernels::Transpose;
 
@@ -23,37 +22,42 @@ kernels::ConstView AllOf(const Matrix& m) { return {m.data, DType::kF64, m.rows 
 
 }  // namespace
 
-absl::StatusOr<OwnMatrix> OwnMatrix::Make(kernels::Backend& backend, int64_t rows,
-                                          int64_t columns) {
-  OwnMatrix m;
-  ASSIGN_OR_RETURN(m.memory, backend.Allocate(rows * columns * kWidth));
-  m.view = {static_cast<double*>(m.memory->data()), rows, columns, columns};
-  return m;
-}
-
-absl::StatusOr<OwnMatrix> SumOf(kernels::Backend& backend, absl::Span<const ConstMatrix> deltas) {
-  const ConstMatrix& first = deltas[0];
-  const int64_t size = first.rows * first.columns;
-  ASSIGN_OR_RETURN(OwnMatrix sum, OwnMatrix::Make(backend, first.rows, first.columns));
-  ASSIGN_OR_RETURN(const OwnMatrix term, OwnMatrix::Make(backend, first.rows, first.columns));
-  ASSIGN_OR_RETURN(const OwnMatrix base, OwnMatrix::Make(backend, first.rows, first.columns));
+absl::StatusOr<OwnMatrix> SumOf(kernels::Backend& backend, Deltas deltas) {
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  const MatrixShape shape = deltas[0].shape;
+  const int64_t size = shape.rows * shape.columns;
+  ASSIGN_OR_RETURN(OwnMatrix sum, OwnMatrix::Make(backend, shape.rows, shape.columns));
+  bool first = true;
+  for (const TaskVector& delta : deltas) {
+    if (!delta.product()) continue;
+    RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, delta.left, Transpose::kNo, delta.right, 1,
+                                  std::exchange(first, false) ? 0 : 1, sum.view));
+  }
+  const auto dense = absl::c_find_if(deltas, [](const TaskVector& d) { return !d.product(); });
+  if (dense == deltas.end()) {
+    RETURN_IF_ERROR(backend.Synchronize());
+    return sum;
+  }
+  ASSIGN_OR_RETURN(const OwnMatrix term, OwnMatrix::Make(backend, shape.rows, shape.columns));
+  ASSIGN_OR_RETURN(const OwnMatrix base, OwnMatrix::Make(backend, shape.rows, shape.columns));
   // Widening is exact, the difference is of doubles.
   const auto widen = [&](const void* data, const OwnMatrix& to) {
     kernels::WeightedSum op;
     op.count = 1;
     op.weight[0] = 1;
-    return backend.Map(op, {{data, first.dtype, size}}, All(to.view), 0);
+    return backend.Map(op, {{data, dense->dense.dtype, size}}, All(to.view), 0);
   };
-  RETURN_IF_ERROR(widen(first.minus, base));
-  for (size_t t = 0; t < deltas.size(); ++t) {
-    RETURN_IF_ERROR(widen(deltas[t].data, term));
+  RETURN_IF_ERROR(widen(dense->dense.minus, base));
+  for (const TaskVector& delta : deltas) {
+    if (delta.product()) continue;
+    RETURN_IF_ERROR(widen(delta.dense.data, term));
     kernels::WeightedSum op;
-    op.count = t == 0 ? 2 : 3;
+    op.count = first ? 2 : 3;
     op.weight[0] = 1;
     op.weight[1] = -1;
     op.weight[2] = 1;
     std::vector<kernels::ConstView> views = {AllOf(term.view), AllOf(base.view)};
-    if (t > 0) views.push_back(AllOf(sum.view));
+    if (!std::exchange(first, false)) views.push_back(AllOf(sum.view));
     RETURN_IF_ERROR(backend.Map(op, views, All(sum.view), 0));
   }
   RETURN_IF_ERROR(backend.Synchronize());  // before the terms go
@@ -78,10 +82,49 @@ int64_t SvdBytes(MatrixShape shape) {
                    64 * (shape.rows + shape.columns));
 }
 
-absl::Status LeftVectors(kernels::Backend& backend, const ConstMatrix& a, const Matrix& vt,
-                         absl::Span<const double> values, Matrix to) {
+absl::StatusOr<ThinSvd> SvdOf(kernels::Backend& backend, const TaskVector& delta) {
+  if (!delta.product()) {
+    ASSIGN_OR_RETURN(OwnMatrix sum, SumOf(backend, {&delta, 1}));
+    return SvdOf(backend, std::move(sum));
+  }
+  // L = Q_L R_L and R^T = Q_R R_R leave R_L R_R^T, of the extent of the rank.
   ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
-  RETURN_IF_ERROR(algebra->Gemm(Transpose::kNo, vt, Transpose::kYes, a, 1, 0, to));
+  const int64_t rank = delta.left.columns, rows = delta.shape.rows, columns = delta.shape.columns;
+  const int64_t of_left = std::min(rows, rank), of_right = std::min(columns, rank);
+  const int64_t k = std::min(of_left, of_right);
+  ASSIGN_OR_RETURN(const OwnMatrix identity, MakeIdentity(backend, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix left, OwnMatrix::Make(backend, rows, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix right, OwnMatrix::Make(backend, columns, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix left_r, OwnMatrix::Make(backend, of_left, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix right_r, OwnMatrix::Make(backend, of_right, rank));
+  ASSIGN_OR_RETURN(OwnMatrix core, OwnMatrix::Make(backend, of_left, of_right));
+  // Copies, by exact products.
+  RETURN_IF_ERROR(
+      algebra->Gemm(Transpose::kNo, delta.left, Transpose::kNo, identity.view, 1, 0, left.view));
+  RETURN_IF_ERROR(
+      algebra->Gemm(Transpose::kYes, delta.right, Transpose::kNo, identity.view, 1, 0, right.view));
+  RETURN_IF_ERROR(algebra->QrFactor(left.view, left_r.view));
+  RETURN_IF_ERROR(algebra->QrFactor(right.view, right_r.view));
+  RETURN_IF_ERROR(
+      algebra->Gemm(Transpose::kNo, left_r.view, Transpose::kYes, right_r.view, 1, 0, core.view));
+  ASSIGN_OR_RETURN(const ThinSvd inner, SvdOf(backend, std::move(core)));
+  ThinSvd svd;
+  svd.values = inner.values;
+  ASSIGN_OR_RETURN(svd.u, OwnMatrix::Make(backend, rows, k));
+  ASSIGN_OR_RETURN(svd.vt, OwnMatrix::Make(backend, k, columns));
+  const Matrix left_q = {left.view.data, rows, of_left, rank};
+  const Matrix right_q = {right.view.data, columns, of_right, rank};
+  RETURN_IF_ERROR(
+      algebra->Gemm(Transpose::kNo, left_q, Transpose::kNo, inner.u.view, 1, 0, svd.u.view));
+  RETURN_IF_ERROR(
+      algebra->Gemm(Transpose::kNo, inner.vt.view, Transpose::kYes, right_q, 1, 0, svd.vt.view));
+  RETURN_IF_ERROR(backend.Synchronize());  // before the parts go
+  return svd;
+}
+
+absl::Status LeftVectors(kernels::Backend& backend, const TaskVector& delta, const Matrix& vt,
+                         absl::Span<const double> values, Matrix to) {
+  RETURN_IF_ERROR(MultiplyTransposed(backend, vt, delta, to));
   std::vector<double> inverse;
   for (int64_t j = 0; j < vt.rows; ++j) inverse.push_back(1 / values[j]);
   return ScaleRows(backend, std::move(inverse), to);

@@ -11,21 +11,13 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/linear_algebra.h"
+#include "merge/methods/common/joint_space.h"
 #include "merge/methods/common/low_rank.h"
 
 namespace pewter::methods {
 
-// A matrix in the backend's memory that is its own.
-struct OwnMatrix {
-  std::unique_ptr<kernels::Buffer> memory;
-  kernels::Matrix view;
-
-  static absl::StatusOr<OwnMatrix> Make(kernels::Backend& backend, int64_t rows, int64_t columns);
-};
-
 // The sum of task vectors, which lie without gaps between rows, as doubles.
-absl::StatusOr<OwnMatrix> SumOf(kernels::Backend& backend,
-                                absl::Span<const kernels::ConstMatrix> deltas);
+absl::StatusOr<OwnMatrix> SumOf(kernels::Backend& backend, Deltas deltas);
 
 // a = u diag(values) vt.
 struct ThinSvd {
@@ -36,10 +28,12 @@ struct ThinSvd {
 absl::StatusOr<ThinSvd> SvdOf(kernels::Backend& backend, OwnMatrix a);
 // Bytes that it holds with `a`, at most.
 int64_t SvdBytes(MatrixShape shape);
+// Of a task vector; of a product by its factors, and then of as many values as its rank.
+absl::StatusOr<ThinSvd> SvdOf(kernels::Backend& backend, const TaskVector& delta);
 
-// Rows `first` and on of `to` become the left singular vectors of `a` that belong to the right ones
-// in the rows of `vt`: vt a^T with row j divided by values[j].
-absl::Status LeftVectors(kernels::Backend& backend, const kernels::ConstMatrix& a,
+// The rows of `to` become the left singular vectors of `delta` that belong to the right ones in
+// the rows of `vt`: vt delta^T with row j divided by values[j].
+absl::Status LeftVectors(kernels::Backend& backend, const TaskVector& delta,
                          const kernels::Matrix& vt, absl::Span<const double> values,
                          kernels::Matrix to);
 
