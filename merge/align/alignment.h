@@ -77,11 +77,11 @@ absl::StatusOr<std::string> SerializeAlignment(const Alignment& alignment);
 absl::StatusOr<Alignment> ReadAlignment(ObjectStore& store, absl::string_view key);
 
 // A tensor of the aligned model. Elements that are only moved keep their bits and their type;
-// linear maps compute in double and round once to the stored type. Keeps `alignment` alive.
-// `tensor` is the symmetry's description of `source`; the alignment has been checked. Returns
-// `source` itself where nothing changes.
+// linear maps compute in double and round once to the stored type. `tensor` is the symmetry's
+// description of `source`; the alignment has been checked. Returns `source` itself where nothing
+// changes; resident_bytes() counts the view's orders and maps, and the rows that a Read holds.
 absl::StatusOr<std::shared_ptr<const TensorSource>> AlignSource(
-    const Symmetry& symmetry, const SymmetricTensor& tensor,
-    std::shared_ptr<const Alignment> alignment, std::shared_ptr<const TensorSource> source);
+    const Symmetry& symmetry, const SymmetricTensor& tensor, const Alignment& alignment,
+    std::shared_ptr<const TensorSource> source);
 
 }  // namespace pewter
