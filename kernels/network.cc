@@ -102,6 +102,11 @@ absl::Status CheckPredict(const ConstFloats& logits, int64_t first) {
   return absl::InternalError(absl::StrCat("classes from ", first, " on"));
 }
 
+absl::Status CheckSubtract(const ConstFloats& x, const Floats& y) {
+  RETURN_IF_ERROR(CheckFloats(x, "what is subtracted from"));
+  return CheckShape(y, x.rows, x.columns, "a difference");
+}
+
 absl::Status CheckMoments(const ConstFloats& x) { return CheckFloats(x, "features"); }
 
 absl::Status CheckAddGram(const ConstFloats& a, const ConstFloats& b) {

@@ -130,6 +130,8 @@ class Network {
   virtual absl::Status Predict(const ConstFloats& logits, int64_t first, const int32_t* labels,
                                Prediction* predictions) = 0;
 
+  // y = x - row, which has x.columns values. y may be x.
+  virtual absl::Status Subtract(const ConstFloats& x, const float* row, const Floats& y) = 0;
   // sums[j] += sum of column j, squares[j] += sum of its squares.
   virtual absl::Status AddMoments(const ConstFloats& x, double* sums, double* squares) = 0;
   // gram += a^T b, row-major [a.columns, b.columns]; products of the rows given are summed in

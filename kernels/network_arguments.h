@@ -13,6 +13,7 @@ absl::Status CheckRotate(const Network::RotateCall& call);
 absl::Status CheckAttention(const Network::AttentionCall& call);
 absl::Status CheckGather(const ConstFloats& x, const Floats& y);
 absl::Status CheckPredict(const ConstFloats& logits, int64_t first);
+absl::Status CheckSubtract(const ConstFloats& x, const Floats& y);
 absl::Status CheckMoments(const ConstFloats& x);
 absl::Status CheckAddGram(const ConstFloats& a, const ConstFloats& b);
 // True of features with themselves, whose Gram matrix is symmetric.

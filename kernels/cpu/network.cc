@@ -131,6 +131,14 @@ class CpuNetwork : public Network {
     return absl::OkStatus();
   }
 
+  absl::Status Subtract(const ConstFloats& x, const float* row, const Floats& y) override {
+    RETURN_IF_ERROR(CheckSubtract(x, y));
+    ForRows(x, [&](int64_t i) {
+      kernels_.subtract(x.data + i * x.stride, row, x.columns, y.data + i * y.stride);
+    });
+    return absl::OkStatus();
+  }
+
   absl::Status AddMoments(const ConstFloats& x, double* sums, double* squares) override {
     RETURN_IF_ERROR(CheckMoments(x));
     pool_.ForEach(Pieces(x.columns, kMomentColumns), [&](int64_t item, int) {

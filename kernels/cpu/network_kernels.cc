@@ -225,6 +225,12 @@ void Predict(const float* logits, int64_t count, int64_t first, double* sum, flo
   *sum += Fold(lane, [](double a, double b) { return a + b; });
 }
 
+void Subtract(const float* x, const float* row, int64_t count, float* y) {
+  ForLanes(count, [&](int64_t j, int64_t lanes) {
+    StoreAt(y, j, LoadAt(x, j, lanes) - LoadAt(row, j, lanes), lanes);
+  });
+}
+
 void AddMoments(const float* x, int64_t rows, int64_t columns, int64_t stride, double* sums,
                 double* squares) {
   ForLanes(columns, [&](int64_t j, int64_t count) {
@@ -258,6 +264,7 @@ extern constinit const NetworkKernels PEWTER_CPU_TABLE = {
     .rotate = &PEWTER_CPU_ISA::Rotate,
     .softmax = &PEWTER_CPU_ISA::Softmax,
     .predict = &PEWTER_CPU_ISA::Predict,
+    .subtract = &PEWTER_CPU_ISA::Subtract,
     .add_moments = &PEWTER_CPU_ISA::AddMoments,
     .add = &PEWTER_CPU_ISA::Add};
 

@@ -26,6 +26,8 @@ struct NetworkKernels {
   // Folds logits into a prediction (network.h), `first` being the class of the first.
   void (*predict)(const float* logits, int64_t count, int64_t first, double* sum, float* largest,
                   int32_t* best);
+  // y = x - row
+  void (*subtract)(const float* x, const float* row, int64_t count, float* y);
   // sums[j] += sum of column j, squares[j] += sum of its squares, for few rows.
   void (*add_moments)(const float* x, int64_t rows, int64_t columns, int64_t stride, double* sums,
                       double* squares);

@@ -875,6 +875,7 @@ constexpr Plugin kPlugin = {.describe = &Describe,
                             .attention = &Attention,
                             .gather = &Gather,
                             .predict = &Predict,
+                            .subtract = &Subtract,
                             .add_moments = &AddMoments,
                             .add_gram = &AddGram};
 

@@ -93,6 +93,12 @@ class CudaNetwork : public Network {
     return Status(plugin_.predict(stream_, &args), "predictions");
   }
 
+  absl::Status Subtract(const ConstFloats& x, const float* row, const Floats& y) override {
+    RETURN_IF_ERROR(CheckSubtract(x, y));
+    const SubtractCall args = {.x = Arg(x), .y = Arg(y), .row = row};
+    return Status(plugin_.subtract(stream_, &args), "a difference");
+  }
+
   absl::Status AddMoments(const ConstFloats& x, double* sums, double* squares) override {
     RETURN_IF_ERROR(CheckMoments(x));
     const MomentsCall args = {.x = Arg(x), .sums = sums, .squares = squares};

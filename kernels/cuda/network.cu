@@ -125,6 +125,15 @@ __global__ void GatherKernel(GatherCall call) {
   }
 }
 
+__global__ void SubtractKernel(SubtractCall call) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x, size = call.x.rows * call.x.columns;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
+    const int64_t row = i / call.x.columns, column = i % call.x.columns;
+    call.y.data[row * call.y.stride + column] =
+        call.x.data[row * call.x.stride + column] - call.row[column];
+  }
+}
+
 // --- By rows ------------------------------------------------------------------------------------
 
 struct Plus {
@@ -456,6 +465,14 @@ int Predict(Stream* stream, const PredictCall* call) {
   RETURN_IF_CUDA_ERROR(cudaSetDevice(stream->ordinal));
   if (call->logits.rows == 0) return 0;
   PredictKernel<<<RowBlocks(call->logits.rows), kThreads, 0, stream->stream>>>(*call);
+  RETURN_IF_CUDA_ERROR(cudaGetLastError());
+  return cudaSuccess;
+}
+
+int Subtract(Stream* stream, const SubtractCall* call) {
+  RETURN_IF_CUDA_ERROR(cudaSetDevice(stream->ordinal));
+  if (call->x.rows == 0 || call->x.columns == 0) return 0;
+  SubtractKernel<<<Blocks(call->x.rows * call->x.columns), kThreads, 0, stream->stream>>>(*call);
   RETURN_IF_CUDA_ERROR(cudaGetLastError());
   return cudaSuccess;
 }

@@ -157,6 +157,10 @@ struct PredictCall {
   const int32_t* labels;
   void* predictions;  // Prediction
 };
+struct SubtractCall {
+  FloatsArg x, y;
+  const float* row;
+};
 struct MomentsCall {
   FloatsArg x;
   double* sums;
@@ -216,6 +220,7 @@ struct Plugin {
   int (*attention)(Stream* stream, const AttentionCall* call);
   int (*gather)(Stream* stream, const GatherCall* call);
   int (*predict)(Stream* stream, const PredictCall* call);
+  int (*subtract)(Stream* stream, const SubtractCall* call);
   int (*add_moments)(Stream* stream, const MomentsCall* call);
   int (*add_gram)(Stream* stream, const GramCall* call);
 };

@@ -64,6 +64,7 @@ int Rotate(Stream* stream, const RotateCall* call);
 int Attention(Stream* stream, const AttentionCall* call);
 int Gather(Stream* stream, const GatherCall* call);
 int Predict(Stream* stream, const PredictCall* call);
+int Subtract(Stream* stream, const SubtractCall* call);
 int AddMoments(Stream* stream, const MomentsCall* call);
 int AddGram(Stream* stream, const GramCall* call);
 

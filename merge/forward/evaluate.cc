@@ -206,31 +206,21 @@ absl::StatusOr<Evaluation> Evaluate(const ForwardModel& forward_model,
   Transformer& model = pass->model(0);
   const std::vector<Batch>& batches = pass->batches();
   Evaluation evaluation = {.metric = metric, .tokens = prepared.predictions};
-  // Twice the stream: the rows that the head reads are never more.
   const int64_t all = static_cast<int64_t>(batches.size());
   Backend& backend = *options.backend;
   ASSIGN_OR_RETURN(kernels::Network* const network, backend.network());
   double loss = 0;
   int64_t right = 0;
   for (int64_t first = 0; first < all;) {
-    ASSIGN_OR_RETURN(int64_t count, pass->BatchesThatFit(first, HeadBytes(model)));
-    // The head's rows of the run have to fit, too.
-    const auto head_rows = [&](int64_t batches_of_run) {
+    // The rows that the head reads are there until all of the vocabulary has been seen.
+    const auto head_bytes = [&](int64_t last) {
       int64_t rows = 0;
-      for (int64_t i = first; i < first + batches_of_run; ++i) {
-        rows += static_cast<int64_t>(targets[i].tokens.size());
-      }
-      return rows;
+      for (int64_t i = first; i < last; ++i) rows += static_cast<int64_t>(targets[i].tokens.size());
+      const auto row_bytes = model.shape().width * int64_t{sizeof(float)} +
+                             int64_t{sizeof(Prediction) + sizeof(int32_t)};
+      return HeadBytes(model) + rows * row_bytes;
     };
-    while (count > 1) {
-      ASSIGN_OR_RETURN(
-          const int64_t fitting_count,
-          pass->BatchesThatFit(
-              first, HeadBytes(model) + head_rows(count) * (model.shape().width * 4 +
-                                                            int64_t{sizeof(Prediction)})));
-      if (fitting_count >= count) break;
-      count = std::max<int64_t>(1, std::min(fitting_count, count - 1));
-    }
+    ASSIGN_OR_RETURN(const int64_t count, pass->BatchesThatFit(first, head_bytes));
     RETURN_IF_ERROR(pass->Run(first, first + count, pass->stages() - 1, nullptr));
     HeadInputs inputs;
     std::vector<std::unique_ptr<Buffer>> labels, predictions;

@@ -128,19 +128,20 @@ int64_t ForwardPass::Bytes(int64_t tokens) const {
   return bytes;
 }
 
-absl::StatusOr<int64_t> ForwardPass::BatchesThatFit(int64_t first, int64_t extra_bytes) const {
+absl::StatusOr<int64_t> ForwardPass::BatchesThatFit(
+    int64_t first, absl::FunctionRef<int64_t(int64_t last)> extra_bytes) const {
   const int64_t all = static_cast<int64_t>(batches_.size());
   if (options_.memory_bytes == 0) return all - first;
-  int64_t tokens = 0, last = first;
+  int64_t tokens = 0, last = first, bytes = 0;
   for (; last < all; ++last) {
     tokens += batches_[last].tokens();
-    if (Bytes(tokens) + extra_bytes > options_.memory_bytes) break;
+    bytes = Bytes(tokens) + extra_bytes(last + 1);
+    if (bytes > options_.memory_bytes) break;
   }
   if (last > first || first == all) return last - first;
   return absl::ResourceExhaustedError(
-      absl::StrCat("a forward pass of ", batches_[first].tokens(), " tokens at a time takes ",
-                   FormatBytes(Bytes(tokens) + extra_bytes), " and the memory is ",
-                   FormatBytes(options_.memory_bytes)));
+      absl::StrCat("a forward pass of ", tokens, " tokens at a time takes ", FormatBytes(bytes),
+                   " and the memory is ", FormatBytes(options_.memory_bytes)));
 }
 
 template <class F>

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -74,9 +75,10 @@ class ForwardPass {
 
   // Bytes of the backend's memory for a run over that many tokens.
   int64_t Bytes(int64_t tokens) const;
-  // How many batches from `first` on go into one run with `extra_bytes` for the caller.
-  // ResourceExhausted when not even one does.
-  absl::StatusOr<int64_t> BatchesThatFit(int64_t first, int64_t extra_bytes) const;
+  // How many batches from `first` on go into one run, when the caller takes extra_bytes(last) for
+  // batches [first, last). ResourceExhausted when not even one does.
+  absl::StatusOr<int64_t> BatchesThatFit(
+      int64_t first, absl::FunctionRef<int64_t(int64_t last)> extra_bytes) const;
 
   // Batches [first, last) through the stages up to `last_stage`. The observer may be null. After
   // the last stage the streams are what the head reads.

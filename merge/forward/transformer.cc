@@ -605,7 +605,8 @@ int64_t Transformer::WeightBytes(int64_t length) const {
     }
   }
   const int64_t head = d.has_head_layer() ? d.HeadNames().elements() : 0;
-  return kWidth * (layer + tables + head + 4 * d.shape.width + kStagedElements) + resident;
+  const int64_t staged = d.backend.host_memory() ? 0 : kStagedElements;
+  return kWidth * (layer + tables + head + 4 * d.shape.width + staged) + resident;
 }
 
 absl::Status Transformer::Reserve(int64_t tokens) {
