@@ -25,6 +25,7 @@ constexpr Command kCommands[] = {
     {"convert", "Write a model as safetensors, also from a PyTorch file", &DeclareConvert},
     {"inspect", "Show what a model, an adapter or a merge result holds", &DeclareInspect},
     {"diff", "Compare the weights of two models", &DeclareDiff},
+    {"eval", "Loss, perplexity and accuracy of a model on labelled data", &DeclareEval},
     {"shuffle-layers", "Stack layers of several models that are drawn at random",
      &DeclareShuffleLayers},
     {"submit", "Have a server merge", &DeclareSubmit},

@@ -34,6 +34,7 @@ CommandBody DeclareMethods(CLI::App& app);
 CommandBody DeclareConvert(CLI::App& app);
 CommandBody DeclareInspect(CLI::App& app);
 CommandBody DeclareDiff(CLI::App& app);
+CommandBody DeclareEval(CLI::App& app);
 CommandBody DeclareShuffleLayers(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);
 CommandBody DeclareJobs(CLI::App& app);

@@ -305,9 +305,9 @@ TEST_P(StatisticsTest, RefusesWhatCannotBe) {
                                 Options(Grams::kCross), store, kKey),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("llama3")));
   StatisticsOptions small = Options(Grams::kCross);
-  small.forward.memory_bytes = 100'000;
+  small.forward.memory_bytes = 10'240;
   EXPECT_THAT(CollectStatistics({OpenModel(kModels + "bert")}, data, small, store, kKey),
-              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("memory is 97.7 KiB")));
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("memory is 10 KiB")));
   EXPECT_THAT(
       CollectStatistics({OpenModel(kModels + "bert")}, data, Options(Grams::kNone), store, kKey),
       StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no site")));
