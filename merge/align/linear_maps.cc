@@ -23,10 +23,10 @@ absl::StatusOr<Svd> SvdOf(kernels::LinearAlgebra& algebra, DenseMatrix a) {
   return svd;
 }
 
-DenseMatrix BlockOf(const DenseMatrix& from, int64_t i, int64_t j, int64_t dim) {
+DenseMatrix DiagonalBlock(const DenseMatrix& from, int64_t b, int64_t dim) {
   DenseMatrix block(dim, dim);
   for (int64_t r = 0; r < dim; ++r) {
-    std::copy_n(from.row(i * dim + r) + j * dim, dim, block.row(r));
+    std::copy_n(from.row(b * dim + r) + b * dim, dim, block.row(r));
   }
   return block;
 }
@@ -77,7 +77,7 @@ absl::StatusOr<OrthogonalMaps> OrthogonalMapsOf(kernels::LinearAlgebra& algebra,
   maps.transform.blocks = similarity.rows / dim;
   maps.transform.dim = dim;
   for (int64_t b = 0; b < maps.transform.blocks; ++b) {
-    ASSIGN_OR_RETURN(const Svd svd, SvdOf(algebra, BlockOf(similarity, b, b, dim)));
+    ASSIGN_OR_RETURN(const Svd svd, SvdOf(algebra, DiagonalBlock(similarity, b, dim)));
     for (double value : svd.values) maps.affinity += value;
     ASSIGN_OR_RETURN(const DenseMatrix map,
                      Product(algebra, Transpose::kNo, svd.u, Transpose::kNo, svd.vt));
@@ -89,20 +89,6 @@ absl::StatusOr<OrthogonalMaps> OrthogonalMapsOf(kernels::LinearAlgebra& algebra,
                                   inverse.values.end());
   }
   return maps;
-}
-
-absl::StatusOr<DenseMatrix> BlockAffinities(kernels::LinearAlgebra& algebra,
-                                            const DenseMatrix& similarity, int64_t dim) {
-  RETURN_IF_ERROR(CheckBlocks(similarity, dim));
-  const int64_t blocks = similarity.rows / dim;
-  DenseMatrix affinities(blocks, blocks);
-  for (int64_t i = 0; i < blocks; ++i) {
-    for (int64_t j = 0; j < blocks; ++j) {
-      ASSIGN_OR_RETURN(const Svd svd, SvdOf(algebra, BlockOf(similarity, i, j, dim)));
-      for (double value : svd.values) affinities(i, j) += value;
-    }
-  }
-  return affinities;
 }
 
 absl::StatusOr<CanonicalMap> CanonicalMapOf(kernels::LinearAlgebra& algebra, DenseMatrix xx,

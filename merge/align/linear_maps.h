@@ -24,11 +24,6 @@ struct OrthogonalMaps {
 };
 absl::StatusOr<OrthogonalMaps> OrthogonalMapsOf(kernels::LinearAlgebra& algebra,
                                                 const DenseMatrix& similarity, int64_t dim);
-// Sums of the singular values of every pair of blocks, [blocks, blocks]: how alike heads are when
-// any orthogonal map is allowed.
-absl::StatusOr<DenseMatrix> BlockAffinities(kernels::LinearAlgebra& algebra,
-                                            const DenseMatrix& similarity, int64_t dim);
-
 // CCA-Merge (arXiv 2407.05385): with S_xx + g I, S_yy + g I and U S V^T = svd(S_xx^-1/2 S_xy
 // S_yy^-1/2),
 //

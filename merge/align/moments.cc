@@ -72,25 +72,17 @@ absl::StatusOr<DenseMatrix> OwnCovariance(const SiteMoments& moments, int model)
   return std::move(covariance.cross);
 }
 
-absl::StatusOr<FeatureCovariance> MeanOf(absl::Span<const FeatureCovariance> covariances) {
-  if (covariances.empty()) return absl::FailedPreconditionError("there are no sites to match by");
-  FeatureCovariance mean = covariances[0];
+absl::Status AddTo(FeatureCovariance& sum, const FeatureCovariance& term) {
+  if (term.first.size() != sum.first.size() || term.second.size() != sum.second.size()) {
+    return absl::FailedPreconditionError("sites of different width have no common order");
+  }
   const auto add = [](const std::vector<double>& from, std::vector<double>& to) {
     for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
   };
-  for (const FeatureCovariance& one : covariances.subspan(1)) {
-    if (one.first.size() != mean.first.size() || one.second.size() != mean.second.size()) {
-      return absl::FailedPreconditionError("sites of different width have no common order");
-    }
-    add(one.cross.values, mean.cross.values);
-    add(one.first, mean.first);
-    add(one.second, mean.second);
-  }
-  const auto n = static_cast<double>(covariances.size());
-  for (std::vector<double>* values : {&mean.cross.values, &mean.first, &mean.second}) {
-    for (double& value : *values) value /= n;
-  }
-  return mean;
+  add(term.cross.values, sum.cross.values);
+  add(term.first, sum.first);
+  add(term.second, sum.second);
+  return absl::OkStatus();
 }
 
 DenseMatrix CorrelationOf(const FeatureCovariance& covariance) {

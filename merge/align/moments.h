@@ -27,8 +27,9 @@ absl::StatusOr<FeatureCovariance> CovarianceOf(const SiteMoments& moments, int i
 // Of one model with itself, [features, features].
 absl::StatusOr<DenseMatrix> OwnCovariance(const SiteMoments& moments, int model);
 
-// Of sites of one width: their mean. The residual stream has one order at all of its sites.
-absl::StatusOr<FeatureCovariance> MeanOf(absl::Span<const FeatureCovariance> covariances);
+// Adds that of another site of the same width: the residual stream has one order at all of its
+// sites.
+absl::Status AddTo(FeatureCovariance& sum, const FeatureCovariance& term);
 
 DenseMatrix CorrelationOf(const FeatureCovariance& covariance);
 

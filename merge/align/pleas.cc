@@ -141,7 +141,7 @@ LinearLayer AverageLayers(const LinearLayer& first, const LinearLayer& second,
 absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const LinearLayer& first,
                                      const LinearLayer& second, const PartialMatch& outputs,
                                      const PartialMatch& inputs, const JointInputs& moments,
-                                     double ridge) {
+                                     const Ridge& ridge) {
   const Combination rows = CombinationOf(outputs), columns = CombinationOf(inputs);
   LinearLayer layer = AverageLayers(first, second, outputs, inputs);
   const bool biased = !layer.bias.empty();
@@ -173,8 +173,10 @@ absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const Line
     for (int64_t o = 0; o < out; ++o) xy(i, o) = rows.Of(o, a, b);
   }
 
-  double scale = 0;
-  for (int64_t i = 0; i < width; ++i) scale += xx(i, i) / static_cast<double>(width);
+  double trace = 0;
+  for (int64_t i = 0; i < width; ++i) trace += xx(i, i);
+  const double penalty =
+      ridge.strength * (ridge.relative ? trace / static_cast<double>(width) : moments.rows);
   const Runs in = RunsOf(inputs), produced = RunsOf(outputs);
   for (int block = 0; block < 3; ++block) {
     const int64_t begin = produced.begin[block], end = produced.begin[block + 1];
@@ -197,7 +199,11 @@ absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const Line
     }
     RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo, left.view(), Transpose::kYes,
                                  std::as_const(average).view(), -1, 1, right.view()));
-    for (int64_t i = 0; i < n; ++i) left(i, i) += ridge * scale;
+    for (int64_t i = 0; i < n; ++i) {
+      left(i, i) += penalty;
+      if (!ridge.towards_zero) continue;
+      for (int64_t o = begin; o < end; ++o) right(i, o - begin) -= penalty * average(o - begin, i);
+    }
     const absl::Status solved = algebra.SolvePosDef(left.view(), right.view());
     if (absl::IsFailedPrecondition(solved)) {
       return Annotate(solved,

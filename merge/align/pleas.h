@@ -11,8 +11,8 @@
 //   second's           W_b                0                W_b
 //
 // and the least-squares weights that keep the two zeros: of features X = [merged means | first's |
-// second's], taken where the models themselves have them, W = argmin |X W^T + b - Y|^2 +
-// ridge |W - W_average|^2 in units of the mean variance of X. Only second moments are needed.
+// second's], taken where the models themselves have them, W = argmin |X W^T + b - Y|^2, with a
+// ridge. Only second moments are needed.
 //
 // Matrices are host memory, `algebra` is the CPU's.
 #pragma once
@@ -58,12 +58,18 @@ struct JointInputs {
   std::vector<double> first_sum, second_sum;
   DenseMatrix first, cross, second;  // X_a^T X_a, X_a^T X_b, X_b^T X_b
 };
-// The least-squares layer. ridge >= 0. FailedPrecondition when it is not determined: a ridge above
+// What is added to the mean square error: strength |W - target|^2.
+struct Ridge {
+  double strength = 0;        // >= 0
+  bool relative = true;       // times the mean variance of the inputs
+  bool towards_zero = false;  // the target, else the average of the layers
+};
+// The least-squares layer. FailedPrecondition when it is not determined: a ridge above
 // 0 is needed then.
 absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const LinearLayer& first,
                                      const LinearLayer& second, const PartialMatch& outputs,
                                      const PartialMatch& inputs, const JointInputs& moments,
-                                     double ridge);
+                                     const Ridge& ridge);
 
 // How much of each group stays apart for a budget of work.
 struct BudgetTerm {

@@ -87,6 +87,13 @@ class Matcher {
     return best;
   }
 
+  absl::StatusOr<DenseMatrix> Similarity(int group, const Alignment& alignment) {
+    ASSIGN_OR_RETURN(algebra_, backend_.linear_algebra());
+    RETURN_IF_ERROR(FindTensors());
+    ASSIGN_OR_RETURN(Gains gains, GainsOf(group, alignment));
+    return DenseMatrix(gains.width, gains.width, std::move(gains.values));
+  }
+
  private:
   // What moves at once: a group, an attention, or all attentions that share an order of heads.
   struct Step {
@@ -645,6 +652,12 @@ absl::StatusOr<WeightMatch> MatchWeights(const Symmetry& symmetry, const Checkpo
                                          const WeightMatchingOptions& options,
                                          kernels::Backend& backend) {
   return Matcher(symmetry, reference, model, options, backend).Match(start);
+}
+
+absl::StatusOr<DenseMatrix> WeightSimilarity(const Symmetry& symmetry, const Checkpoint& reference,
+                                             const Checkpoint& model, const Alignment& alignment,
+                                             int group, kernels::Backend& backend) {
+  return Matcher(symmetry, reference, model, {}, backend).Similarity(group, alignment);
 }
 
 }  // namespace pewter

@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "merge/align/alignment.h"
+#include "merge/align/dense_matrix.h"
 #include "merge/align/symmetry.h"
 #include "merge/checkpoint/checkpoint.h"
 
@@ -59,5 +60,12 @@ absl::StatusOr<WeightMatch> MatchWeights(const Symmetry& symmetry, const Checkpo
                                          const Checkpoint& model, const Alignment& start,
                                          const WeightMatchingOptions& options,
                                          kernels::Backend& backend);
+
+// What the weights say of one group: for each feature of the reference (rows) and of the model
+// (columns, in the model's own order) what their pairing adds to the objective, with all other
+// groups aligned.
+absl::StatusOr<DenseMatrix> WeightSimilarity(const Symmetry& symmetry, const Checkpoint& reference,
+                                             const Checkpoint& model, const Alignment& alignment,
+                                             int group, kernels::Backend& backend);
 
 }  // namespace pewter

@@ -118,9 +118,9 @@ TEST_F(PleasTest, LayersAreTheReferences) {
     const LinearLayer average = AverageLayers(a, b, outputs, inputs);
     EXPECT_LE(Apart(average.weight.values, of("W_init").values), 1e-12);
     EXPECT_LE(Apart(average.bias, of("b_init").values), 1e-12);
-    const auto fitted =
-        FitLayer(*algebra_, a, b, outputs, inputs,
-                 MomentsOf(MatrixOf(of("xa")), MatrixOf(of("xb"))), one["ridge"].get<double>());
+    const auto fitted = FitLayer(
+        *algebra_, a, b, outputs, inputs, MomentsOf(MatrixOf(of("xa")), MatrixOf(of("xb"))),
+        {.strength = one["ridge"].get<double>(), .relative = false, .towards_zero = true});
     ASSERT_THAT(fitted, IsOk());
     EXPECT_LE(Apart(fitted->weight.values, of("W").values), 1e-6);
     EXPECT_LE(Apart(fitted->bias, of("b").values), 1e-6);
@@ -132,7 +132,7 @@ TEST_F(PleasTest, OneModelMergedWithItselfIsItself) {
   const DenseMatrix x = Random(60, 6, 2);
   const PartialMatch inputs = WholeMatch(std::vector<int32_t>{0, 1, 2, 3, 4, 5});
   const PartialMatch outputs = WholeMatch(std::vector<int32_t>{0, 1, 2, 3});
-  const auto fitted = FitLayer(*algebra_, layer, layer, outputs, inputs, MomentsOf(x, x), 0);
+  const auto fitted = FitLayer(*algebra_, layer, layer, outputs, inputs, MomentsOf(x, x), {});
   ASSERT_THAT(fitted, IsOk());
   EXPECT_LE(Apart(fitted->weight.values, layer.weight.values), 1e-12);
   EXPECT_LE(Apart(fitted->bias, layer.bias), 1e-12);
@@ -145,7 +145,7 @@ TEST_F(PleasTest, ModelsKeptApartStayAsTheyWere) {
   const PartialMatch outputs = MatchAbove(q_out, std::vector<double>(3, 0.5), 1);
   ASSERT_EQ(inputs.width(), 8);
   const auto fitted =
-      FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(Random(50, 4, 3), Random(50, 4, 4)), 0);
+      FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(Random(50, 4, 3), Random(50, 4, 4)), {});
   ASSERT_THAT(fitted, IsOk());
   for (int64_t o = 0; o < 3; ++o) {
     EXPECT_NEAR(fitted->bias[o], a.bias[o], 1e-12);
@@ -165,9 +165,10 @@ TEST_F(PleasTest, InputsThatDependOnEachOtherNeedARidge) {
   for (int64_t r = 0; r < 50; ++r) x(r, 3) = 0;
   const PartialMatch inputs = WholeMatch(std::vector<int32_t>{0, 1, 2, 3});
   const PartialMatch outputs = WholeMatch(std::vector<int32_t>{0, 1, 2});
-  EXPECT_THAT(FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(x, x), 0),
+  EXPECT_THAT(FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(x, x), {}),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("ridge")));
-  const auto fitted = FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(x, x), 1e-3);
+  const auto fitted =
+      FitLayer(*algebra_, a, b, outputs, inputs, MomentsOf(x, x), {.strength = 1e-3});
   ASSERT_THAT(fitted, IsOk());
   EXPECT_TRUE(fitted->bias.empty());
   // Nothing is known of the dead input: it keeps the average.
