@@ -19,6 +19,7 @@ constexpr Command kCommands[] = {
     {"merge", "Merge models into a new one, on this machine", &DeclareMerge},
     {"plan", "Check a recipe and show what merging it would read, compute and write", &DeclarePlan},
     {"moe", "Make a mixture of experts from dense models", &DeclareMoe},
+    {"align", "Give a model's features the order of another one's", &DeclareAlign},
     {"extract-lora", "Write what a fine-tune changed in its base as a LoRA adapter",
      &DeclareExtractLora},
     {"methods", "List merge methods, or explain one", &DeclareMethods},

@@ -29,6 +29,7 @@ absl::Span<const Command> Commands();
 CommandBody DeclareMerge(CLI::App& app);
 CommandBody DeclarePlan(CLI::App& app);
 CommandBody DeclareMoe(CLI::App& app);
+CommandBody DeclareAlign(CLI::App& app);
 CommandBody DeclareExtractLora(CLI::App& app);
 CommandBody DeclareMethods(CLI::App& app);
 CommandBody DeclareConvert(CLI::App& app);

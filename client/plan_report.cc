@@ -19,6 +19,7 @@
 #include "base/nearest.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "merge/align/aligner.h"
 
 namespace pewter::client {
 
@@ -302,7 +303,15 @@ Json PlanToJson(const Plan& plan) {
     json.update(PlanToJson(*stage.plan));
     stages.push_back(std::move(json));
   }
+  Json alignments = Json::array();
+  for (const PlanAlignment& alignment : plan.alignments) {
+    alignments.push_back({{"model", plan.models[alignment.model].ref},
+                          {"reference", plan.models[alignment.reference].ref},
+                          {"method", alignment.aligner->name()},
+                          {"file", alignment.file}});
+  }
   return {{"stages", std::move(stages)},
+          {"alignments", std::move(alignments)},
           {"method", plan.method},
           {"architecture", plan.architecture},
           {"device", plan.options.device},
@@ -336,6 +345,12 @@ std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
   }
   absl::StrAppend(&text, "Method        ", plan.method, "\nArchitecture  ", plan.architecture,
                   "\n\n");
+  for (const PlanAlignment& alignment : plan.alignments) {
+    absl::StrAppend(&text, "Aligned       ", plan.models[alignment.model].ref, " with ",
+                    plan.models[alignment.reference].ref, " (", alignment.aligner->name(), ", ",
+                    alignment.file, ")\n");
+  }
+  if (!plan.alignments.empty()) absl::StrAppend(&text, "\n");
   Table models({"INPUT", "FILES", "TENSORS", "SIZE"});
   models.RightAlign(1).RightAlign(2).RightAlign(3);
   for (const PlanModel& model : plan.models) {

@@ -185,6 +185,17 @@ Json RecipeSchema() {
                  Object({{"source", token_source}, {"force", {{"type", "boolean"}}}})}}},
               {"pad_to_multiple_of", {{"type", "integer"}, {"minimum", 1}}},
               {"approximate", approximate}});
+  const Json align =
+      Object({{"reference", Reference("model")},
+              {"method", {{"enum", {"permutation", "staged", "cca"}}}},
+              {"evidence", {{"enum", {"activations", "weights"}}}},
+              {"groups",
+               {{"type", "array"},
+                {"items", {{"enum", {"ffn", "heads", "residual", "pooler", "output_head"}}}}}},
+              {"heads", {{"enum", {"permutation", "orthogonal"}}}},
+              {"calibration", {{"type", "string"}}},
+              {"restarts", {{"type", "integer"}, {"minimum", 1}, {"maximum", 1000}}}},
+             {"reference"});
   Json recipe =
       Object({{"name", {{"type", "string"}, {"pattern", "^[A-Za-z0-9_-][A-Za-z0-9._-]*$"}}},
               {"merge_method", {{"enum", MethodNames()}}},
@@ -195,6 +206,7 @@ Json RecipeSchema() {
               {"tokenizer_source", Reference("model")},
               {"tokenizer", tokenizer},
               {"chat_template", {{"type", "string"}}},
+              {"align", align},
               {"parameters", any},
               {"models", any},
               {"slices", any},

@@ -340,8 +340,12 @@ class SymmetryReader {
     for (const auto& model : models_) {
       const std::string stored = StoredName(*model, tensor, /*with_tied=*/true);
       if (stored.empty()) continue;
-      const Shape& shape = model->Find(stored)->shape;
-      if (model.get() == first) result.shape = shape;
+      const TensorInfo& info = *model->Find(stored);
+      const Shape& shape = info.shape;
+      if (model.get() == first) {
+        result.shape = shape;
+        result.dtype = info.dtype;
+      }
       result.axes.clear();
       RETURN_IF_ERROR(
           Annotate(ReadAxes(*axes, numbers, shape, result.axes),

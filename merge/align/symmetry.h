@@ -23,6 +23,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "base/dtype.h"
 #include "base/shape.h"
 #include "merge/checkpoint/architecture.h"
 #include "merge/checkpoint/checkpoint.h"
@@ -106,7 +107,8 @@ struct AxisSegment {
 };
 
 struct SymmetricTensor {
-  ArchTensor tensor;  // the name is the architecture's
+  ArchTensor tensor;          // the name is the architecture's
+  DType dtype = DType::kF32;  // as is the shape, of the first model that stores it
   Shape shape;
   // [axis]: empty where nothing moves, else segments that follow each other, each as long as its
   // group is wide.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -56,6 +57,38 @@ struct Gains {
     for (int64_t i = 0; i < width; ++i) sum += At(i, permutation[i]);
     return sum;
   }
+};
+
+// A tensor in memory, so that a view of it jumps about there and not in a file.
+class HeldSource final : public TensorSource {
+ public:
+  static absl::StatusOr<std::shared_ptr<const TensorSource>> Hold(const TensorSource& source) {
+    const int64_t count = source.shape().elements();
+    std::vector<std::byte> bytes(count * ByteWidth(source.dtype()));
+    RETURN_IF_ERROR(source.Read(0, count, absl::MakeSpan(bytes), nullptr));
+    return std::make_shared<HeldSource>(source, std::move(bytes));
+  }
+  HeldSource(const TensorSource& source, std::vector<std::byte> bytes)
+      : dtype_(source.dtype()),
+        shape_(source.shape()),
+        name_(source.name()),
+        bytes_(std::move(bytes)) {}
+
+  DType dtype() const override { return dtype_; }
+  const Shape& shape() const override { return shape_; }
+  const std::string& name() const override { return name_; }
+  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                    ReadObserver* observer) const override {
+    const int64_t width = ByteWidth(dtype_);
+    std::copy_n(bytes_.begin() + first * width, count * width, out.begin());
+    return absl::OkStatus();
+  }
+
+ private:
+  const DType dtype_;
+  const Shape shape_;
+  const std::string name_;
+  const std::vector<std::byte> bytes_;
 };
 
 // Where a group lies in a tensor.
@@ -160,6 +193,7 @@ class Matcher {
     SymmetricTensor symmetric = symmetry_.tensors()[tensor];
     if (except >= 0) symmetric.axes[except].clear();
     ASSIGN_OR_RETURN(auto source, model_.OpenTensor(names_[tensor].second, 0));
+    ASSIGN_OR_RETURN(source, HeldSource::Hold(*source));
     ASSIGN_OR_RETURN(source, AlignSource(symmetry_, symmetric, alignment, std::move(source)));
     return ReadAll(*source, axis);
   }
@@ -645,6 +679,28 @@ bool IsAttentionKind(GroupKind kind) {
     default:
       return false;
   }
+}
+
+int64_t WeightMatchingBytes(const Symmetry& symmetry) {
+  int64_t largest = 0, widest = 0;
+  for (const SymmetricTensor& tensor : symmetry.tensors()) {
+    largest = std::max(largest, tensor.shape.elements() * ByteWidth(tensor.dtype));
+  }
+  const auto square = [&](int group) {
+    const int64_t width = symmetry.groups()[group].width;
+    return width * width;
+  };
+  std::map<int, int64_t> together;  // by what orders the heads of several attentions
+  for (int g = 0; g < static_cast<int>(symmetry.groups().size()); ++g) {
+    const SymmetryGroup& group = symmetry.groups()[g];
+    if (group.attention < 0) {
+      widest = std::max(widest, 2 * square(g));
+      continue;
+    }
+    const int order = symmetry.attentions()[group.attention].head_order;
+    widest = std::max(widest, together[order >= 0 ? order : -1 - group.attention] += square(g));
+  }
+  return 3 * largest + widest * static_cast<int64_t>(sizeof(double));
 }
 
 absl::StatusOr<WeightMatch> MatchWeights(const Symmetry& symmetry, const Checkpoint& reference,

@@ -9,8 +9,9 @@
 // only when the true objective grows. What the model does not depend on (keys' biases without RoPE)
 // is no evidence.
 //
-// Tensors are read as they are needed, two at a time; memory is those two, and two doubles for each
-// pair of features of the widest group. Results do not depend on threads.
+// Tensors are read as they are needed; memory is one of the reference, one of the model twice, and
+// two doubles for each pair of features of the widest group, or one for all groups of an attention
+// (WeightMatchingBytes). Results do not depend on threads.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +50,9 @@ struct WeightMatch {
   double reference_square = 0, model_square = 0;  // sums of squares of the same tensors
   std::vector<std::string> skipped;  // tensors of different shapes, which are no evidence
 };
+
+// Host memory that matching these models takes at most.
+int64_t WeightMatchingBytes(const Symmetry& symmetry);
 
 // Kinds that attentions consist of.
 bool IsAttentionKind(GroupKind kind);

@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "base/status.h"
 #include "base/version.h"
+#include "merge/align/aligner.h"
 #include "nlohmann/json.hpp"
 
 namespace pewter {
@@ -86,7 +87,9 @@ std::string RunState::ToJson() const {
                           {"ranges", std::move(ranges)},
                           {"warnings", shard.warnings}});
   }
-  return ordered_json({{"fingerprint", fingerprint}, {"shards", std::move(shard_list)}}).dump();
+  ordered_json state = {{"fingerprint", fingerprint}, {"shards", std::move(shard_list)}};
+  if (!artefacts.empty()) state["artefacts"] = artefacts;
+  return state.dump();
 }
 
 absl::StatusOr<RunState> RunState::FromJson(absl::string_view text) {
@@ -94,6 +97,9 @@ absl::StatusOr<RunState> RunState::FromJson(absl::string_view text) {
     const ordered_json json = ordered_json::parse(text.begin(), text.end());
     RunState state;
     state.fingerprint = json.at("fingerprint");
+    if (const auto it = json.find("artefacts"); it != json.end()) {
+      state.artefacts = it->get<std::map<std::string, std::string>>();
+    }
     for (const ordered_json& item : json.at("shards")) {
       ShardRecord shard;
       const ordered_json& file = item.at("file");
@@ -218,6 +224,16 @@ std::string ManifestJson(const ManifestInput& input) {
         {"memory_bytes", plan.options.memory_bytes},
         {"shards_reused", input.shards_reused}}},
   };
+  for (const PlanAlignment& alignment : plan.alignments) {
+    ordered_json json = {{"model", plan.models[alignment.model].ref},
+                         {"reference", plan.models[alignment.reference].ref},
+                         {"method", alignment.aligner->name()},
+                         {"file", alignment.file}};
+    if (const auto found = alignment.slot->Get(); found != nullptr && !found->report.empty()) {
+      json["report"] = ordered_json::parse(found->report, nullptr, /*allow_exceptions=*/false);
+    }
+    manifest["alignments"].push_back(std::move(json));
+  }
   for (size_t i = 0; i < input.stage_manifests.size(); ++i) {
     ordered_json stage = {{"name", plan.stages[i].name}};
     stage.update(

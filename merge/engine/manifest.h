@@ -32,10 +32,12 @@ struct ShardRecord {
   std::vector<std::string> warnings;
 };
 
-// The state file: the plan's fingerprint and the finished shards, by shard number.
+// The state file: the plan's fingerprint, the finished shards, by shard number, and the digests of
+// the files that passes before the merge have left (alignments), by name.
 struct RunState {
   std::string fingerprint;
   std::map<int, ShardRecord> shards;
+  std::map<std::string, std::string> artefacts;
 
   std::string ToJson() const;
   static absl::StatusOr<RunState> FromJson(absl::string_view text);

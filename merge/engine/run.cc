@@ -14,6 +14,7 @@
 #include "absl/strings/str_join.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "merge/engine/alignments.h"
 #include "merge/engine/buffer_pool.h"
 #include "merge/engine/manifest.h"
 #include "merge/engine/memory_budget.h"
@@ -117,6 +118,7 @@ class Run {
   absl::Status PrepareOutput();
   absl::Status ReuseShard(int index, const ShardRecord& record);
   absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
+  absl::Status Align();
   absl::Status MergeShards();
   // Of tensors whose results go to `writer`; null while they are measured.
   TensorRun::Environment EnvironmentOf(ShardWriter* writer);
@@ -166,6 +168,7 @@ absl::Status Run::PrepareOutput() {
           " holds an unfinished run of another plan (the recipe, the inputs or options "
           "have changed); use --overwrite to start again"));
     }
+    state_.artefacts = found.artefacts;
     for (const auto& [index, record] : found.shards) {
       // A shard that does not check out is merged again.
       if (ReuseShard(index, record).ok()) state_.shards[index] = record;
@@ -221,7 +224,7 @@ absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
 
 absl::Status Run::SaveState() {
   if (!options_.hash_output)
-    return WriteText(*output_, kStateFile, RunState{state_.fingerprint, {}}.ToJson());
+    return WriteText(*output_, kStateFile, RunState{state_.fingerprint, {}, {}}.ToJson());
   return WriteText(*output_, kStateFile, state_.ToJson());
 }
 
@@ -299,6 +302,23 @@ TensorRun::Environment Run::EnvironmentOf(ShardWriter* writer) {
           .allow_nonfinite = options_.allow_nonfinite,
           .measured = measured_,
           .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
+}
+
+absl::Status Run::Align() {
+  return FindAlignments(
+      plan_, {.output = *output_,
+              .written = state_.artefacts,
+              .current =
+                  [this](const std::string& what) {
+                    meter_.Current(what);
+                    meter_.Enter(Phase::kMerging);
+                  },
+              .write = [this](const std::string& name, absl::string_view text) -> absl::Status {
+                RETURN_IF_ERROR(WriteAux(name, text));
+                state_.artefacts[name] = Sha256::Of(text);
+                return SaveState();
+              },
+              .stop = options_.stop});
 }
 
 absl::Status Run::MeasureTensors() {
@@ -435,8 +455,12 @@ absl::Status Run::EvaluateOutput() {
 
 absl::StatusOr<Manifest> Run::Execute() {
   RETURN_IF_ERROR(PrepareOutput());
-  const absl::Cleanup unbind = [this] { UnbindStages(plan_); };
+  const absl::Cleanup unbind = [this] {
+    UnbindStages(plan_);
+    ForgetAlignments(plan_);
+  };
   ASSIGN_OR_RETURN(const std::vector<std::string> stages, MergeStages(plan_, options_));
+  RETURN_IF_ERROR(Align());
   RETURN_IF_ERROR(MergeShards());
   RETURN_IF_ERROR(CheckInputsUnchanged());
   meter_.Enter(Phase::kPublishing);

@@ -160,6 +160,7 @@ class AdapterMerge {
                  "theirs is in adapter_config.json");
     }
     if (recipe_.tokenizer) return bad(recipe_.tokenizer->at, "an adapter has no tokenizer");
+    if (recipe_.align) return bad(recipe_.align->at, "adapters are not aligned, models are");
     if (recipe_.chat_template) {
       return bad(recipe_.chat_template_at, "an adapter has no chat template");
     }

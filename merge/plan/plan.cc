@@ -13,6 +13,8 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "kernels/backends.h"
+#include "merge/align/aligner.h"
+#include "merge/align/symmetry.h"
 #include "merge/evaluate/evaluation.h"
 #include "merge/methods/adapter_method.h"
 #include "merge/plan/adapter_files.h"
@@ -54,7 +56,8 @@ struct LayerPlace {
 // A stored tensor of one model that takes part in an output tensor.
 struct Operand {
   int source = 0;      // index into Slice::sources
-  std::string tensor;  // name in the checkpoint
+  std::string name;    // the architecture's
+  std::string tensor;  // in the checkpoint
   const TensorInfo* info = nullptr;
 };
 
@@ -86,6 +89,7 @@ class Planner {
     RETURN_IF_ERROR(OpenModels());
     RETURN_IF_ERROR(OpenStatistics());
     RETURN_IF_ERROR(FindArchitecture());
+    RETURN_IF_ERROR(SetUpAlignments());
     RETURN_IF_ERROR(SetUpTokenizer());
     RETURN_IF_ERROR(PlanModules());
     if (plan_.tensors.empty()) {
@@ -100,6 +104,7 @@ class Planner {
     RETURN_IF_ERROR(LayOutShards(plan_.options.shard_bytes, plan_));
     RETURN_IF_ERROR(AddFiles());
     RETURN_IF_ERROR(FinishPlan(recipe_.overrides, plan_));
+    RETURN_IF_ERROR(SizeAlignments());
     return std::move(plan_);
   }
 
@@ -146,6 +151,7 @@ class Planner {
       }
     }
     input_models_ = static_cast<int>(plan_.models.size());
+    if (recipe_.align) RETURN_IF_ERROR(OpenModel(recipe_.align->reference));
     if (recipe_.tokenizer && recipe_.tokenizer->model) {
       RETURN_IF_ERROR(OpenModel(*recipe_.tokenizer->model));
     }
@@ -331,11 +337,81 @@ class Planner {
                                          {.names = plan_.options.raw_names, .base = unlisted}));
     if (plan_.options.name_by_name) architecture_ = NameByName(*architecture_, Model(donor_));
     // A model that lost tensors would not compute what it could.
-    if (recipe_.evaluation) {
+    if (recipe_.align || recipe_.evaluation) {
       ASSIGN_OR_RETURN(architecture_, WithAllTensors(architecture_, inputs));
     }
     plan_.architecture = architecture_->name();
     return absl::OkStatus();
+  }
+
+  // --- alignment -------------------------------------------------------------------------------
+
+  absl::Status SetUpAlignments() {
+    if (!recipe_.align) return absl::OkStatus();
+    const RecipeAlign& align = *recipe_.align;
+    for (const RecipeModule& module : recipe_.modules) {
+      if (module.from_models) continue;
+      return RecipeAt(align.at,
+                      "`align` pairs the layers of whole models one by one: list them in `models`, "
+                      "not in `slices`");
+    }
+    if (recipe_.tokenizer && recipe_.tokenizer->approximate) {
+      return RecipeAt(
+          recipe_.tokenizer->approximate->at,
+          "rows cannot be made for tokens (`approximate`) of models that are aligned in "
+          "the same recipe; align them in a stage of their own");
+    }
+    const int reference = ModelIndex(align.reference);
+    std::vector<std::shared_ptr<const Checkpoint>> models = {plan_.models[reference].checkpoint};
+    std::vector<int> moved;
+    for (int i = 0; i < input_models_; ++i) {
+      if (i == reference) continue;
+      moved.push_back(i);
+      models.push_back(plan_.models[i].checkpoint);
+    }
+    if (moved.empty()) {
+      return RecipeAt(align.reference.at, "the reference is the only model: nothing is aligned");
+    }
+    // The reference first; it need not be an input.
+    auto architecture = ResolveArchitecture(models, plan_.options.allow_mixed);
+    if (architecture.ok()) architecture = WithAllTensors(*architecture, models);
+    if (!architecture.ok()) return Annotate(architecture.status(), align.at.ToString());
+    auto made = Symmetry::Make(**architecture, models);
+    if (!made.ok()) return Annotate(made.status(), align.at.ToString());
+    const auto symmetry = std::make_shared<const Symmetry>(*std::move(made));
+    ASSIGN_OR_RETURN(const std::shared_ptr<const Aligner> aligner, MakeAligner(align, *symmetry));
+    for (size_t i = 0; i < moved.size(); ++i) {
+      plan_.alignments.push_back(
+          {.model = moved[i],
+           .reference = reference,
+           .symmetry = symmetry,
+           .aligner = aligner,
+           .slot = std::make_shared<AlignmentSlot>(),
+           .file = moved.size() == 1
+                       ? "alignment.safetensors"
+                       : absl::StrCat("alignment-", i + 1, "-of-", moved.size(), ".safetensors")});
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status SizeAlignments() {
+    if (plan_.alignments.empty()) return absl::OkStatus();
+    const int64_t bytes = plan_.alignments[0].aligner->bytes();
+    if (bytes > plan_.options.memory_bytes) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the alignment (", plan_.alignments[0].aligner->name(), ") needs ",
+                       FormatBytes(bytes), " and the memory budget is ",
+                       FormatBytes(plan_.options.memory_bytes), "; raise --memory"));
+    }
+    plan_.peak_bytes = std::max(plan_.peak_bytes, bytes);
+    return absl::OkStatus();
+  }
+
+  // Null for a model that is not aligned.
+  const PlanAlignment* AlignmentOf(int model) const {
+    const auto it = std::find_if(plan_.alignments.begin(), plan_.alignments.end(),
+                                 [&](const PlanAlignment& a) { return a.model == model; });
+    return it == plan_.alignments.end() ? nullptr : &*it;
   }
 
   // --- tokenizer -------------------------------------------------------------------------------
@@ -672,7 +748,10 @@ class Planner {
             "tied: model ", plan_.models[slice.sources[i].model].ref, " stores ", name, " for it"));
       }
       const TensorInfo* info = model.Find(name);
-      operands.push_back({.source = static_cast<int>(i), .tensor = std::move(name), .info = info});
+      operands.push_back({.source = static_cast<int>(i),
+                          .name = inputs[i].name,
+                          .tensor = std::move(name),
+                          .info = info});
     }
     if (operands.empty()) return absl::OkStatus();
 
@@ -694,6 +773,23 @@ class Planner {
     }
     const PlanModel& model = plan_.models[input.model];
     ASSIGN_OR_RETURN(input.source, model.checkpoint->OpenTensor(operand.tensor, model.file_base));
+    if (const PlanAlignment* alignment = AlignmentOf(input.model); alignment != nullptr) {
+      const SymmetricTensor* tensor = alignment->symmetry->Find(operand.name);
+      if (tensor == nullptr) {
+        return absl::InternalError(
+            absl::StrCat(input.source->name(), ": not among the tensors that are aligned"));
+      }
+      auto view = AlignLater(alignment->symmetry, *tensor, alignment->slot, input.source);
+      if (view != input.source && !IsFloat(input.source->dtype())) {
+        return absl::FailedPreconditionError(absl::StrCat(input.source->name(), " is ",
+                                                          SafetensorsName(input.source->dtype()),
+                                                          "; only floating tensors are aligned"));
+      }
+      if (view != input.source) {
+        input.views.push_back(absl::StrCat("aligned to ", plan_.models[alignment->reference].ref));
+        input.source = std::move(view);
+      }
+    }
     return input;
   }
 

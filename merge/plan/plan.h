@@ -22,6 +22,10 @@
 
 namespace pewter {
 
+class Aligner;        // merge/align/aligner.h
+class AlignmentSlot;  // likewise
+class Symmetry;       // merge/align/symmetry.h
+
 struct PlanOptions {
   int64_t memory_bytes = 0;  // 0: 4 GiB or a quarter of RAM, the smaller
   int threads = 0;           // 0: one for each core; only for the memory estimate
@@ -105,6 +109,16 @@ struct PlanModel {
   int file_base = 0;  // its first file in Plan::files
 };
 
+// A model that is reordered, before it is merged, so that its features lie where the reference's
+// do.
+struct PlanAlignment {
+  int model = 0, reference = 0;  // indices into Plan::models
+  std::shared_ptr<const Symmetry> symmetry;
+  std::shared_ptr<const Aligner> aligner;
+  std::shared_ptr<AlignmentSlot> slot;  // what the model's views wait for
+  std::string file;                     // of the output, for the alignment
+};
+
 struct EvaluationPlan;  // merge/evaluate/evaluation.h
 struct Plan;
 class StageStore;
@@ -125,6 +139,8 @@ struct Plan {
   PlanOptions options;  // memory, threads and device resolved
   std::vector<PlanModel> models;
   std::vector<InputFile> files;  // of all models, in order
+  // Found before the first tensor is merged; the views of these models do the rest.
+  std::vector<PlanAlignment> alignments;
   std::vector<PlanTensor> tensors;
   // Run over the measured tensors before the first tensor is merged; null where there are none.
   std::function<std::unique_ptr<Measure>()> measure;

@@ -26,6 +26,7 @@ constexpr int64_t kMaxPadding = int64_t{1} << 20;
 constexpr int64_t kMaxRowsOfApproximation = 1024;
 // Each is an evaluation.
 constexpr int64_t kMaxBarrierPoints = 1001;
+constexpr int64_t kMaxRestarts = 1000;
 
 class RecipeReader : private YamlReader {
  public:
@@ -36,7 +37,7 @@ class RecipeReader : private YamlReader {
         {"name"},          {"merge_method"},        {"models"},     {"slices"},
         {"modules"},       {"base_model"},          {"dtype"},      {"out_dtype"},
         {"parameters"},    {"tokenizer_source"},    {"tokenizer"},  {"chat_template"},
-        {"align", kLater}, {"calibration", kLater}, {"statistics"}, {"evaluate"},
+        {"align"}, {"calibration", kLater}, {"statistics"}, {"evaluate"},
         {"output"},        {"arithmetic", kLater},
     };
     if (root.kind != Kind::kMapping) {
@@ -63,6 +64,7 @@ class RecipeReader : private YamlReader {
     RETURN_IF_ERROR(ReadStatistics(root));
     RETURN_IF_ERROR(ReadEvaluation(root));
     RETURN_IF_ERROR(ReadTokenizer(root));
+    RETURN_IF_ERROR(ReadAlign(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
       ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
       recipe_.chat_template_at = chat->at;
@@ -301,6 +303,81 @@ class RecipeReader : private YamlReader {
       names.push_back(name);
     }
     return Expected(*node, what, absl::StrCat("one of ", absl::StrJoin(names, ", ")));
+  }
+
+  absl::Status ReadAlign(const YamlNode& root) {
+    static constexpr Key kKeys[] = {{"reference"}, {"method"},      {"evidence"}, {"groups"},
+                                    {"heads"},     {"calibration"}, {"restarts"}, {"verify"}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::Method> kMethods[] = {
+        {"permutation", RecipeAlign::Method::kPermutation},
+        {"staged", RecipeAlign::Method::kStaged},
+        {"cca", RecipeAlign::Method::kCca}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::Evidence> kEvidence[] = {
+        {"activations", RecipeAlign::Evidence::kActivations},
+        {"weights", RecipeAlign::Evidence::kWeights}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::Heads> kHeads[] = {
+        {"permutation", RecipeAlign::Heads::kPermutation},
+        {"orthogonal", RecipeAlign::Heads::kOrthogonal}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::Group> kGroups[] = {
+        {"ffn", RecipeAlign::Group::kFfn},
+        {"heads", RecipeAlign::Group::kHeads},
+        {"residual", RecipeAlign::Group::kResidual},
+        {"pooler", RecipeAlign::Group::kPooler},
+        {"output_head", RecipeAlign::Group::kOutputHead}};
+    const YamlNode* align = root.Find("align");
+    if (IsNull(align)) return absl::OkStatus();
+    if (align->kind != Kind::kMapping) {
+      return Expected(*align, "`align`", "a mapping with `reference`");
+    }
+    RETURN_IF_ERROR(CheckKeys(*align, "`align`", kKeys));
+    RecipeAlign& result = recipe_.align.emplace();
+    result.at = align->at;
+    const auto place = [&](const char* key) {
+      const YamlNode* node = align->Find(key);
+      return IsNull(node) ? align->at : node->at;
+    };
+    result.method_at = place("method");
+    result.evidence_at = place("evidence");
+    result.heads_at = place("heads");
+    result.groups_at = place("groups");
+    const YamlNode* reference = align->Find("reference");
+    if (IsNull(reference)) return RecipeError(align->at, "`align` has no `reference`");
+    ASSIGN_OR_RETURN(result.reference, ReadModel(*reference, "`reference`"));
+    for (const auto& [key, file] : {std::pair{"calibration", &result.calibration},
+                                    std::pair{"verify", &result.verify}}) {
+      RETURN_IF_ERROR(ReadOptionalModel(*align, key, *file));
+      if (*file && !(*file)->adapter.empty()) {
+        return RecipeError((*file)->at,
+                           absl::StrCat("`", key, "` is a file, which has no adapter"));
+      }
+    }
+    if (result.calibration) result.evidence = RecipeAlign::Evidence::kActivations;
+    RETURN_IF_ERROR(ReadWord(align->Find("method"), "`method`", kMethods, result.method));
+    RETURN_IF_ERROR(ReadWord(align->Find("evidence"), "`evidence`", kEvidence, result.evidence));
+    RETURN_IF_ERROR(ReadWord(align->Find("heads"), "`heads`", kHeads, result.heads));
+    if (const YamlNode* restarts = align->Find("restarts"); !IsNull(restarts)) {
+      const auto number = YamlInt(*restarts);
+      if (!number || *number < 1 || *number > kMaxRestarts) {
+        return Expected(*restarts, "`restarts`",
+                        absl::StrCat("a whole number from 1 to ", kMaxRestarts));
+      }
+      result.restarts = static_cast<int>(*number);
+    }
+    ASSIGN_OR_RETURN(const YamlNode* groups, List(*align, "groups"));
+    if (groups == nullptr) {
+      result.groups = {RecipeAlign::Group::kFfn, RecipeAlign::Group::kHeads,
+                       RecipeAlign::Group::kResidual};
+      return absl::OkStatus();
+    }
+    for (const YamlNode* item : groups->items) {
+      RecipeAlign::Group group{};
+      if (IsNull(item)) return Expected(*item, "an entry of `groups`", "a group's name");
+      RETURN_IF_ERROR(ReadWord(item, "an entry of `groups`", kGroups, group));
+      if (std::find(result.groups.begin(), result.groups.end(), group) == result.groups.end()) {
+        result.groups.push_back(group);
+      }
+    }
+    return absl::OkStatus();
   }
 
   static absl::Status ReadFlag(const YamlNode* node, absl::string_view what, bool& value) {

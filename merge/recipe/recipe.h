@@ -164,6 +164,25 @@ struct RecipeEvaluation {
   TextPosition at;
 };
 
+// The models are reordered so that their features lie where those of the reference do, before they
+// are merged. Words are the recipe's.
+struct RecipeAlign {
+  enum class Method { kPermutation, kStaged, kCca };
+  enum class Evidence { kActivations, kWeights };
+  enum class Heads { kPermutation, kOrthogonal };
+  enum class Group { kFfn, kHeads, kResidual, kPooler, kOutputHead };
+
+  ModelRef reference;  // need not be merged
+  Method method = Method::kPermutation;
+  Evidence evidence = Evidence::kWeights;  // kActivations where `calibration` is given
+  std::vector<Group> groups;               // that may move; each once
+  Heads heads = Heads::kPermutation;
+  std::optional<ModelRef> calibration;     // a file
+  std::optional<ModelRef> verify;          // a file: aligned models must have their loss on it
+  int restarts = 1;                        // ways through the groups, of which the best counts
+  TextPosition at, method_at, evidence_at, groups_at, heads_at;
+};
+
 // What the output is.
 enum class OutputFormat {
   kModel,
@@ -193,6 +212,7 @@ struct Recipe {
   TextPosition statistics_at;
   std::optional<RecipeEvaluation> evaluation;
   std::optional<RecipeTokenizer> tokenizer;
+  std::optional<RecipeAlign> align;
   std::optional<std::string> chat_template;  // "auto", a known name, or Jinja
   TextPosition chat_template_at;
   std::vector<std::string> warnings;  // of the stages too

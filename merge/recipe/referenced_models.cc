@@ -26,6 +26,11 @@ std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
     add(recipe.tokenizer->model);
     for (const RecipeToken& token : recipe.tokenizer->tokens) add(token.model);
   }
+  if (recipe.align.has_value()) {
+    add(recipe.align->reference);
+    add(recipe.align->calibration);
+    add(recipe.align->verify);
+  }
   return refs;
 }
 

@@ -8,8 +8,8 @@
 namespace pewter {
 
 // Sources and bases of the slices in order, then the base model, those of the statistics with their
-// files, the evaluation's file, and those of the tokenizer; repeated where the recipe repeats.
-// Models of the stages too, and none that a stage makes.
+// files, the evaluation's file, those of the tokenizer, and what models are aligned to and
+// with; repeated where the recipe repeats. Models of the stages too, and none that a stage makes.
 std::vector<ModelRef> ReferencedModels(const Recipe& recipe);
 
 // Those of its own document, stages among them.

@@ -26,6 +26,7 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
       {"convert", "convert m out"},
       {"diff", "diff a b"},
       {"submit", "submit r.yaml out"},
+      {"align", "align a b out --groups ffn,heads --restarts 3 --evidence weights"},
       {"extract-lora",
        "extract-lora --model a --base-model b --out-path c -i x -e y --no-distribute-scale"},
       {"jobs", "jobs list"},

@@ -451,8 +451,8 @@ INSTANTIATE_TEST_SUITE_P(
         Refused{"merge_method: linear\nmodels: [{model: a}]\n"
                 "tokenizer: {source: b, approximate: {new_vocab_noise: -1}}\n",
                 "recipe:3:55", "not negative"},
-        Refused{"merge_method: linear\nmodels: [{model: a}]\nalign: {method: cca}\n", "recipe:3:1",
-                "`align` is not supported"},
+        Refused{"merge_method: linear\nmodels: [{model: a}]\nalign: {method: cca}\n", "recipe:3:8",
+                "`align` has no `reference`"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\narithmetic: dtype\n", "recipe:3:1",
                 "`arithmetic` is not supported"},
         Refused{"merge_method: linear\nmodels: [{model: a}]\noutput: {shard_size: 5GB}\n",

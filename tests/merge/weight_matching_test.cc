@@ -25,7 +25,7 @@ const std::vector<GroupKind> kAll = {
     GroupKind::kQuery,    GroupKind::kKey,    GroupKind::kValue,    GroupKind::kOutput,
     GroupKind::kHeads,    GroupKind::kPooler, GroupKind::kHead};
 
-std::unique_ptr<kernels::Backend> Cpu() { return *kernels::OpenBackend({}, 2); }
+std::unique_ptr<kernels::Backend> Cpu() { return *kernels::OpenBackend({}, 1); }
 
 absl::StatusOr<WeightMatch> Match(const AlignmentGolden& golden, WeightMatchingOptions options,
                                   const Alignment& start = {}) {

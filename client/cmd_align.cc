@@ -1,0 +1,117 @@
+// pewter align: a model with its features in the order of another one's.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "base/status.h"
+#include "client/commands.h"
+#include "client/output.h"
+#include "client/recipe_arguments.h"
+#include "client/run_arguments.h"
+#include "merge/pewter.h"
+
+namespace pewter::client {
+
+namespace {
+
+struct Arguments {
+  std::string reference;
+  std::string model;
+  std::string method = "permutation";
+  std::string evidence;
+  std::string groups;
+  std::string heads;
+  std::string calibration;
+  int restarts = 1;
+  bool print_yaml = false;
+  PlanArguments plan;
+  RunArguments run;
+};
+
+// As a recipe: the model by itself, aligned. JSON is YAML.
+std::string RecipeText(const Arguments& arguments) {
+  Json align = {{"reference", arguments.reference}, {"method", arguments.method}};
+  if (!arguments.evidence.empty()) align["evidence"] = arguments.evidence;
+  if (!arguments.heads.empty()) align["heads"] = arguments.heads;
+  if (!arguments.calibration.empty()) align["calibration"] = arguments.calibration;
+  if (!arguments.groups.empty()) {
+    const std::vector<std::string> groups = absl::StrSplit(arguments.groups, ',');
+    align["groups"] = groups;
+  }
+  if (arguments.restarts != 1) align["restarts"] = arguments.restarts;
+  const auto line = [](const Json& value) {
+    return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+  };
+  return absl::StrCat("merge_method: passthrough\nmodels: [{model: ", line(arguments.model),
+                      "}]\nalign: ", line(align), "\n");
+}
+
+absl::StatusOr<int> RunAlign(const Arguments& arguments, Output& out) {
+  const std::string text = RecipeText(arguments);
+  if (arguments.print_yaml) out.Text(text);
+  ASSIGN_OR_RETURN(const Recipe recipe, ParseRecipe(text));
+  ASSIGN_OR_RETURN(const PlanOptions options, arguments.plan.ToOptions());
+  arguments.plan.mergekit.Explain(out);
+  ASSIGN_OR_RETURN(const Plan plan, MakePlan(recipe, options));
+  for (const std::string& warning : plan.warnings) out.Warn(warning);
+  return arguments.run.Run(plan, "Aligned model in", out);
+}
+
+}  // namespace
+
+CommandBody DeclareAlign(CLI::App& app) {
+  auto arguments = std::make_shared<Arguments>();
+  app.add_option("reference", arguments->reference, "The model whose order of features counts")
+      ->required()
+      ->type_name(kModelType);
+  app.add_option("model", arguments->model, "The model to align with it")
+      ->required()
+      ->type_name(kModelType);
+  arguments->run.DeclareOutput(app, "out",
+                               "Folder to write the aligned model and alignment.safetensors to");
+  constexpr char kAlignment[] = "Alignment";
+  app.add_option("--method", arguments->method, "How features are paired")
+      ->type_name("permutation|staged|cca")
+      ->check(CLI::IsMember({"permutation", "staged", "cca"}))
+      ->capture_default_str()
+      ->group(kAlignment);
+  app.add_option("--evidence", arguments->evidence,
+                 "What tells that features are alike; default: weights, and activations with "
+                 "--calibration")
+      ->type_name("activations|weights")
+      ->check(CLI::IsMember({"activations", "weights"}))
+      ->group(kAlignment);
+  app.add_option("--groups", arguments->groups,
+                 "What may move, of ffn, heads, residual, pooler and output_head; default: "
+                 "ffn,heads,residual")
+      ->type_name("GROUP,...")
+      ->group(kAlignment);
+  app.add_option("--heads", arguments->heads, "What is done inside attention heads")
+      ->type_name("permutation|orthogonal")
+      ->check(CLI::IsMember({"permutation", "orthogonal"}))
+      ->group(kAlignment);
+  app.add_option("--calibration", arguments->calibration, "Data that activations are measured on")
+      ->type_name(kPathType)
+      ->group(kAlignment);
+  app.add_option("--restarts", arguments->restarts,
+                 "Ways through the groups, drawn by --seed, of which the best counts")
+      ->type_name("N")
+      ->check(InRange(1, 1000))
+      ->capture_default_str()
+      ->group(kAlignment);
+  app.add_flag("--print-yaml", arguments->print_yaml, "Print the recipe");
+  arguments->run.Declare(app);
+  arguments->plan.Declare(app);
+  app.footer(
+      "The aligned model computes what the model does, with its features where the reference has "
+      "theirs.\n"
+      "Examples:\n"
+      "  pewter align ./a ./b ./b-aligned\n"
+      "  pewter align ./a ./b ./b-aligned --groups ffn,heads --restarts 5");
+  return [arguments](Output& out) { return RunAlign(*arguments, out); };
+}
+
+}  // namespace pewter::client

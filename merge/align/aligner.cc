@@ -1,0 +1,231 @@
+#include "merge/align/aligner.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "absl/algorithm/container.h"
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "merge/align/weight_matching.h"
+
+namespace pewter {
+namespace {
+
+using nlohmann::json;
+
+// --- By weights -------------------------------------------------------------------------------
+
+class WeightAligner final : public Aligner {
+ public:
+  WeightAligner(std::vector<GroupKind> kinds, int restarts, int64_t bytes)
+      : kinds_(std::move(kinds)), restarts_(restarts), bytes_(bytes) {}
+
+  std::string name() const override { return "permutation by weights"; }
+  int64_t bytes() const override { return bytes_; }
+
+  absl::StatusOr<Alignment> Align(const AlignerRun& run) const override {
+    ASSIGN_OR_RETURN(WeightMatch match, MatchWeights(run.symmetry, run.reference, run.model, {},
+                                                     {.kinds = kinds_,
+                                                      .restarts = restarts_,
+                                                      .seed = run.seed,
+                                                      .threads = run.threads,
+                                                      .check = run.check},
+                                                     run.backend));
+    Alignment alignment = std::move(match.alignment);
+    alignment.method = name();
+    json report = {{"objective", match.objective},
+                   {"squared_distance_before", Distance(match, match.objective.front())},
+                   {"squared_distance_after", Distance(match, match.objective.back())}};
+    json moved = json::object();
+    for (const auto& [group, of] : alignment.groups) {
+      int64_t features = 0;
+      for (size_t i = 0; i < of.permutation.size(); ++i) {
+        features += of.permutation[i] != static_cast<int32_t>(i);
+      }
+      moved[group] = features;
+    }
+    report["features_moved"] = std::move(moved);
+    if (!match.skipped.empty()) report["tensors_not_compared"] = match.skipped;
+    alignment.report = report.dump();
+    return alignment;
+  }
+
+ private:
+  static double Distance(const WeightMatch& match, double objective) {
+    return match.reference_square + match.model_square - 2 * objective;
+  }
+
+  const std::vector<GroupKind> kinds_;
+  const int restarts_;
+  const int64_t bytes_;
+};
+
+// --- What a recipe says -----------------------------------------------------------------------
+
+absl::Status At(TextPosition at, absl::string_view message) {
+  return absl::InvalidArgumentError(absl::StrCat(at.ToString(), ": ", message));
+}
+
+// The kinds that a recipe's word stands for.
+std::vector<GroupKind> KindsOf(RecipeAlign::Group group) {
+  switch (group) {
+    case RecipeAlign::Group::kFfn:
+      return {GroupKind::kFfn};
+    case RecipeAlign::Group::kHeads:
+      return {GroupKind::kQueryKey, GroupKind::kValueOutput, GroupKind::kQuery, GroupKind::kKey,
+              GroupKind::kValue,    GroupKind::kOutput,      GroupKind::kHeads};
+    case RecipeAlign::Group::kResidual:
+      return {GroupKind::kResidual};
+    case RecipeAlign::Group::kPooler:
+      return {GroupKind::kPooler};
+    case RecipeAlign::Group::kOutputHead:
+      return {GroupKind::kHead};
+  }
+  return {};
+}
+
+absl::string_view WordOf(RecipeAlign::Group group) {
+  switch (group) {
+    case RecipeAlign::Group::kFfn:
+      return "ffn";
+    case RecipeAlign::Group::kHeads:
+      return "heads";
+    case RecipeAlign::Group::kResidual:
+      return "residual";
+    case RecipeAlign::Group::kPooler:
+      return "pooler";
+    case RecipeAlign::Group::kOutputHead:
+      return "output_head";
+  }
+  return "";
+}
+
+absl::StatusOr<std::vector<GroupKind>> KindsOf(const RecipeAlign& recipe,
+                                               const Symmetry& symmetry) {
+  std::vector<GroupKind> kinds;
+  for (const RecipeAlign::Group group : recipe.groups) {
+    const std::vector<GroupKind> of_group = KindsOf(group);
+    const bool any = absl::c_any_of(symmetry.groups(), [&](const SymmetryGroup& one) {
+      return absl::c_find(of_group, one.kind) != of_group.end();
+    });
+    if (!any) {
+      const bool tied = group == RecipeAlign::Group::kOutputHead && !symmetry.tied().empty();
+      return At(recipe.groups_at,
+                absl::StrCat("the models have no group `", WordOf(group), "` to align",
+                             tied ? ": their output head is tied to the embeddings and so in the "
+                                    "order of the residual stream"
+                                  : ""));
+    }
+    kinds.insert(kinds.end(), of_group.begin(), of_group.end());
+  }
+  return kinds;
+}
+
+// --- Views ------------------------------------------------------------------------------------
+
+class LaterSource final : public TensorSource {
+ public:
+  LaterSource(std::shared_ptr<const Symmetry> symmetry, SymmetricTensor tensor,
+              std::shared_ptr<const AlignmentSlot> slot, std::shared_ptr<const TensorSource> source)
+      : symmetry_(std::move(symmetry)),
+        tensor_(std::move(tensor)),
+        slot_(std::move(slot)),
+        source_(std::move(source)) {}
+
+  DType dtype() const override { return source_->dtype(); }
+  const Shape& shape() const override { return source_->shape(); }
+  const std::string& name() const override { return source_->name(); }
+  int64_t resident_bytes() const override {
+    // Orders of the axes that move, one for the rows of all leading ones together, and a row.
+    int64_t bytes = source_->resident_bytes();
+    const int rank = shape().rank();
+    int64_t rows = 1;
+    for (int axis = 0; axis < rank && axis < static_cast<int>(tensor_.axes.size()); ++axis) {
+      if (!tensor_.axes[axis].empty()) bytes += (axis == rank - 1 ? shape()[axis] : 0) * kIndex;
+      if (axis < rank - 1) rows *= shape()[axis];
+    }
+    const bool rows_move =
+        absl::c_any_of(absl::MakeConstSpan(tensor_.axes).subspan(0, std::max(rank - 1, 0)),
+                       [](const auto& axis) { return !axis.empty(); });
+    return bytes + (rows_move ? rows * kIndex : 0) +
+           (rank == 0 ? 0 : shape()[rank - 1] * ByteWidth(dtype()));
+  }
+
+  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
+                    ReadObserver* observer) const override {
+    ASSIGN_OR_RETURN(const auto view, View());
+    return view->Read(first, count, out, observer);
+  }
+
+ private:
+  static constexpr int64_t kIndex = sizeof(int32_t);
+
+  absl::StatusOr<std::shared_ptr<const TensorSource>> View() const {
+    const std::shared_ptr<const Alignment> alignment = slot_->Get();
+    if (alignment == nullptr) {
+      return absl::InternalError(
+          absl::StrCat(name(), ": read before the model's alignment has been found"));
+    }
+    absl::MutexLock lock(&mutex_);
+    if (alignment != alignment_) {
+      ASSIGN_OR_RETURN(view_, AlignSource(*symmetry_, tensor_, *alignment, source_));
+      alignment_ = alignment;
+    }
+    return view_;
+  }
+
+  const std::shared_ptr<const Symmetry> symmetry_;
+  const SymmetricTensor tensor_;
+  const std::shared_ptr<const AlignmentSlot> slot_;
+  const std::shared_ptr<const TensorSource> source_;
+  mutable absl::Mutex mutex_;
+  mutable std::shared_ptr<const Alignment> alignment_ ABSL_GUARDED_BY(mutex_);  // that view_ has
+  mutable std::shared_ptr<const TensorSource> view_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& recipe,
+                                                           const Symmetry& symmetry) {
+  constexpr absl::string_view kLater = " is not supported by this version of Pewter";
+  if (recipe.method == RecipeAlign::Method::kStaged) {
+    return At(recipe.method_at, absl::StrCat("`method: staged`", kLater));
+  }
+  if (recipe.method == RecipeAlign::Method::kCca) {
+    return At(recipe.method_at, absl::StrCat("`method: cca`", kLater));
+  }
+  if (recipe.heads == RecipeAlign::Heads::kOrthogonal) {
+    return At(recipe.heads_at, absl::StrCat("`heads: orthogonal`", kLater));
+  }
+  if (recipe.evidence == RecipeAlign::Evidence::kActivations) {
+    return At(recipe.evidence_at,
+              absl::StrCat("`evidence: activations`, which `calibration` is for,", kLater,
+                           "; `evidence: weights` needs no data"));
+  }
+  ASSIGN_OR_RETURN(std::vector<GroupKind> kinds, KindsOf(recipe, symmetry));
+  return std::make_shared<WeightAligner>(std::move(kinds), recipe.restarts,
+                                         WeightMatchingBytes(symmetry));
+}
+
+void AlignmentSlot::Set(std::shared_ptr<const Alignment> alignment) {
+  absl::MutexLock lock(&mutex_);
+  alignment_ = std::move(alignment);
+}
+
+std::shared_ptr<const Alignment> AlignmentSlot::Get() const {
+  absl::MutexLock lock(&mutex_);
+  return alignment_;
+}
+
+std::shared_ptr<const TensorSource> AlignLater(std::shared_ptr<const Symmetry> symmetry,
+                                               const SymmetricTensor& tensor,
+                                               std::shared_ptr<const AlignmentSlot> slot,
+                                               std::shared_ptr<const TensorSource> source) {
+  if (absl::c_all_of(tensor.axes, [](const auto& axis) { return axis.empty(); })) return source;
+  return std::make_shared<LaterSource>(std::move(symmetry), tensor, std::move(slot),
+                                       std::move(source));
+}
+
+}  // namespace pewter

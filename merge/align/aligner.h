@@ -1,0 +1,70 @@
+// Aligner: a way to find the alignment of one model with another, as a recipe's `align` asks for
+// it. Made and checked while planning, run before the merge.
+//
+// AlignmentSlot: the place of an alignment that a run has not found yet, and views that wait for
+// it.
+//
+// Aligners are immutable; slots and views may be used from any thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/backend.h"
+#include "merge/align/alignment.h"
+#include "merge/align/symmetry.h"
+#include "merge/checkpoint/checkpoint.h"
+#include "merge/recipe/recipe.h"
+
+namespace pewter {
+
+struct AlignerRun {
+  const Symmetry& symmetry;
+  const Checkpoint& reference;
+  const Checkpoint& model;
+  kernels::Backend& backend;
+  int threads = 1;
+  uint64_t seed = 0;
+  std::function<absl::Status()> check;  // asked now and then; an error ends the search with it
+};
+
+class Aligner {
+ public:
+  virtual ~Aligner() = default;
+  virtual std::string name() const = 0;  // "permutation by weights"
+  // Host memory that Align takes at most.
+  virtual int64_t bytes() const = 0;
+  // Allowed by the symmetry; `report` says what was found. The same whatever the threads.
+  virtual absl::StatusOr<Alignment> Align(const AlignerRun& run) const = 0;
+};
+
+// InvalidArgument with the recipe's line for a value that is not supported or a group that the
+// models do not have.
+absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& recipe,
+                                                           const Symmetry& symmetry);
+
+class AlignmentSlot {
+ public:
+  // Null takes it out again.
+  void Set(std::shared_ptr<const Alignment> alignment);
+  std::shared_ptr<const Alignment> Get() const;
+
+ private:
+  mutable absl::Mutex mutex_;
+  std::shared_ptr<const Alignment> alignment_ ABSL_GUARDED_BY(mutex_);
+};
+
+// AlignSource with the alignment that `slot` has when the view is read: Internal when it has none.
+// `source` itself where no group can move it.
+std::shared_ptr<const TensorSource> AlignLater(std::shared_ptr<const Symmetry> symmetry,
+                                               const SymmetricTensor& tensor,
+                                               std::shared_ptr<const AlignmentSlot> slot,
+                                               std::shared_ptr<const TensorSource> source);
+
+}  // namespace pewter

@@ -1,0 +1,78 @@
+#include "merge/engine/alignments.h"
+
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/digest.h"
+#include "base/status.h"
+#include "kernels/backends.h"
+#include "merge/align/aligner.h"
+#include "merge/align/alignment.h"
+#include "merge/engine/manifest.h"
+
+namespace pewter {
+namespace {
+
+absl::StatusOr<Alignment> ReadWritten(const PlanAlignment& plan, const AlignmentRun& run) {
+  const auto digest = run.written.find(plan.file);
+  if (digest == run.written.end()) return absl::NotFoundError("not written yet");
+  ASSIGN_OR_RETURN(const ObjectStat stat, run.output.Stat(plan.file));
+  ASSIGN_OR_RETURN(const std::string sha256, Sha256OfObject(run.output, plan.file, stat.size));
+  if (sha256 != digest->second) return absl::DataLossError("not the file that was written");
+  ASSIGN_OR_RETURN(Alignment alignment, ReadAlignment(run.output, plan.file));
+  RETURN_IF_ERROR(CheckAlignment(*plan.symmetry, alignment));
+  return alignment;
+}
+
+absl::StatusOr<Alignment> Find(const Plan& plan, const PlanAlignment& alignment,
+                               const AlignmentRun& run) {
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan.options.device));
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Backend> backend,
+                   kernels::OpenBackend(device, plan.options.threads));
+  const PlanModel &reference = plan.models[alignment.reference],
+                  &model = plan.models[alignment.model];
+  ASSIGN_OR_RETURN(
+      Alignment found,
+      alignment.aligner->Align({.symmetry = *alignment.symmetry,
+                                .reference = *reference.checkpoint,
+                                .model = *model.checkpoint,
+                                .backend = *backend,
+                                .threads = plan.options.threads,
+                                .seed = plan.options.seed,
+                                .check = [&]() -> absl::Status {
+                                  return run.stop.stop_requested()
+                                             ? absl::CancelledError("the merge was stopped")
+                                             : absl::OkStatus();
+                                }}));
+  found.family = alignment.symmetry->family();
+  found.reference = reference.ref;
+  found.reference_fingerprint = AlignmentFingerprint(*alignment.symmetry, *reference.checkpoint);
+  found.model = model.ref;
+  found.model_fingerprint = AlignmentFingerprint(*alignment.symmetry, *model.checkpoint);
+  return found;
+}
+
+}  // namespace
+
+absl::Status FindAlignments(const Plan& plan, const AlignmentRun& run) {
+  for (const PlanAlignment& alignment : plan.alignments) {
+    const std::string what = absl::StrCat("alignment of ", plan.models[alignment.model].ref,
+                                          " with ", plan.models[alignment.reference].ref);
+    run.current(what);
+    absl::StatusOr<Alignment> found = ReadWritten(alignment, run);
+    if (!found.ok()) found = Find(plan, alignment, run);
+    if (!found.ok()) return Annotate(found.status(), what);
+    RETURN_IF_ERROR(Annotate(CheckAlignment(*alignment.symmetry, *found), what));
+    ASSIGN_OR_RETURN(const std::string file, SerializeAlignment(*found));
+    RETURN_IF_ERROR(run.write(alignment.file, file));
+    alignment.slot->Set(std::make_shared<const Alignment>(*std::move(found)));
+  }
+  return absl::OkStatus();
+}
+
+void ForgetAlignments(const Plan& plan) {
+  for (const PlanAlignment& alignment : plan.alignments) alignment.slot->Set(nullptr);
+}
+
+}  // namespace pewter
