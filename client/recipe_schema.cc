@@ -207,6 +207,7 @@ Json RecipeSchema() {
               {"tokenizer", tokenizer},
               {"chat_template", {{"type", "string"}}},
               {"align", align},
+              {"statistics", {{"type", "object"}, {"additionalProperties", Reference("model")}}},
               {"parameters", any},
               {"models", any},
               {"slices", any},

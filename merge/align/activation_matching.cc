@@ -14,10 +14,14 @@
 namespace pewter {
 namespace {
 
-// "ffn.3" for "ff.3", "ffn.enc.3" for "ff.enc.3"; "attention.3" for "attn.3".
+// "ffn.3" for "ff.3" and "ff.enc.3"; "attention.3" for "attn.3".
 std::string SiteOf(absl::string_view site, absl::string_view name) {
-  const size_t dot = name.find('.');
-  return absl::StrCat(site, dot == absl::string_view::npos ? "" : name.substr(dot));
+  return absl::StrCat(site, name.substr(name.rfind('.')));
+}
+
+// The forward pass runs the encoder of an encoder-decoder.
+bool OfDecoder(absl::string_view name) {
+  return absl::StrContains(name, ".dec") || absl::StrContains(name, ".x.");
 }
 
 std::vector<int32_t> Identity(int64_t size) {
@@ -36,6 +40,10 @@ class Matcher {
 
   absl::StatusOr<ActivationMatch> Match() {
     for (const SymmetryGroup& group : symmetry_.groups()) {
+      if (OfDecoder(group.name)) {
+        match_.unmatched.push_back(group.name);
+        continue;
+      }
       switch (group.kind) {
         case GroupKind::kFfn:
           if (options_.feed_forward) {
@@ -126,7 +134,7 @@ class Matcher {
     // Heads that share a table have one order: the one that is best for all of their attentions.
     std::map<int, DenseMatrix> shared;
     for (const Attention& attention : attentions) {
-      if (attention.head_order < 0) continue;
+      if (attention.head_order < 0 || OfDecoder(attention.name)) continue;
       ASSIGN_OR_RETURN(const Values values, ValuesOf(attention));
       const auto [known, added] = shared.try_emplace(attention.head_order, values.matches.totals);
       if (added) continue;
@@ -140,6 +148,7 @@ class Matcher {
       Set(symmetry_.groups()[group], orders[group]);
     }
     for (const Attention& attention : attentions) {
+      if (OfDecoder(attention.name)) continue;
       ASSIGN_OR_RETURN(const Values values, ValuesOf(attention));
       AttentionOrder order;
       if (attention.head_order >= 0) {

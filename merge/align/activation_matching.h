@@ -49,6 +49,9 @@ struct ActivationMatchingOptions {
 
 struct ActivationMatch {
   Alignment alignment;  // its groups and its family
+  // Groups that no forward pass has sites for (decoders of encoder-decoders): they keep their
+  // order.
+  std::vector<std::string> unmatched;
   // Mean correlation of paired features by group, before and after.
   std::map<std::string, std::pair<double, double>> correlations;
 };

@@ -26,6 +26,8 @@ void AddNormed(const DenseMatrix& term, double share, DenseMatrix& sum) {
 }
 
 class Stager {
+  using Stages = std::vector<std::pair<std::string, Alignment>>;
+
  public:
   Stager(const Symmetry& symmetry, const Checkpoint& reference, const Checkpoint& model,
          const MomentsLookup& moments, const AlignmentObjective& objective,
@@ -41,15 +43,10 @@ class Stager {
   absl::StatusOr<StagedAlignment> Run() {
     Alignment none;
     none.family = symmetry_.family();
-    RETURN_IF_ERROR(Add("none", std::move(none), result_.stages));
     ASSIGN_OR_RETURN(const Alignment shared, ByActivations(/*own_query_key=*/false));
-    RETURN_IF_ERROR(Add("activations", shared, result_.stages));
     ASSIGN_OR_RETURN(own_, ByActivations(/*own_query_key=*/true));
-    RETURN_IF_ERROR(Add("own_query_key", own_, result_.stages));
-
     // The model's own residual order first, so that another one must be better.
-    std::vector<AlignmentStage> best;
-    RETURN_IF_ERROR(Try("none", own_, /*residual=*/false, best));
+    RETURN_IF_ERROR(Try("none", own_, /*residual=*/false, /*way=*/0));
     if (options_.residual) {
       for (const auto& [name, evidence] :
            {std::pair{"all", ResidualEvidence::kAll}, std::pair{"first", ResidualEvidence::kFirst},
@@ -63,21 +60,26 @@ class Stager {
         for (const bool own : {true, false}) {
           Alignment start = own ? own_ : shared;
           for (const auto& [group, of] : match.alignment.groups) start.groups[group] = of;
-          RETURN_IF_ERROR(Try(own ? name : std::string(name) + ", shared query and key order",
-                              start, /*residual=*/true, best));
+          for (int way = 0; way < options_.ways; ++way) {
+            RETURN_IF_ERROR(
+                Try(absl::StrCat(name, own ? "" : ", shared query and key order", ", way ", way),
+                    start, /*residual=*/true, way));
+          }
         }
       }
     }
-    for (AlignmentStage& stage : best) result_.stages.push_back(std::move(stage));
+    RETURN_IF_ERROR(Add("none", std::move(none)));
+    RETURN_IF_ERROR(Add("activations", shared));
+    RETURN_IF_ERROR(Add("own_query_key", own_));
+    for (auto& [name, alignment] : best_) RETURN_IF_ERROR(Add(name, std::move(alignment)));
     return std::move(result_);
   }
 
  private:
-  absl::Status Add(std::string name, Alignment alignment, std::vector<AlignmentStage>& stages) {
-    if (options_.check) RETURN_IF_ERROR(options_.check());
+  absl::Status Add(std::string name, Alignment alignment) {
     alignment.method = name;
     ASSIGN_OR_RETURN(const double objective, objective_(alignment));
-    stages.push_back({std::move(name), std::move(alignment), objective});
+    result_.stages.push_back({std::move(name), std::move(alignment), objective});
     return absl::OkStatus();
   }
 
@@ -90,11 +92,11 @@ class Stager {
     return std::move(match.alignment);
   }
 
-  // The stages from the weight matching on. `best` becomes them where their last one is better.
-  absl::Status Try(const std::string& name, const Alignment& start, bool residual,
-                   std::vector<AlignmentStage>& best) {
-    WeightMatchingOptions matching{.restarts = options_.restarts,
-                                   .seed = options_.seed,
+  // The stages from the weight matching on. `best_` becomes them where their last one is better.
+  absl::Status Try(const std::string& name, const Alignment& start, bool residual, int way) {
+    if (options_.check) RETURN_IF_ERROR(options_.check());
+    WeightMatchingOptions matching{.shuffle_all = way > 0,
+                                   .seed = options_.seed + static_cast<uint64_t>(way),
                                    .threads = options_.threads,
                                    .check = options_.check};
     for (const SymmetryGroup& group : symmetry_.groups()) {
@@ -104,24 +106,22 @@ class Stager {
                      MatchWeights(symmetry_, reference_, model_, start, matching, backend_));
     Alignment again = own_;
     for (const SymmetryGroup& group : symmetry_.groups()) {
-      if (group.kind != GroupKind::kResidual) continue;
       const auto found = match.alignment.groups.find(group.name);
-      if (residual && found != match.alignment.groups.end())
+      if (group.kind == GroupKind::kResidual && residual && found != match.alignment.groups.end()) {
         again.groups[group.name] = found->second;
+      }
     }
-    std::vector<AlignmentStage> stages;
-    RETURN_IF_ERROR(Add("weights", std::move(match.alignment), stages));
-    RETURN_IF_ERROR(Add("residual", again, stages));
+    Stages stages = {{"weights", std::move(match.alignment)}, {"residual", again}};
     if (options_.orthogonal) {
       RETURN_IF_ERROR(
           AddOrthogonalMaps(symmetry_, reference_, model_, moments_, options_, backend_, again));
-      RETURN_IF_ERROR(Add("orthogonal", std::move(again), stages));
+      stages.emplace_back("orthogonal", std::move(again));
     }
-    const double reached = stages.back().objective;
-    const bool better = best.empty() || reached < best.back().objective;
-    if (better) {
+    ASSIGN_OR_RETURN(const double reached, objective_(stages.back().second));
+    if (best_.empty() || reached < best_objective_) {
       result_.chosen = static_cast<int>(result_.residual_orders.size());
-      best = std::move(stages);
+      best_ = std::move(stages);
+      best_objective_ = reached;
     }
     result_.residual_orders.emplace_back(name, reached);
     return absl::OkStatus();
@@ -135,6 +135,8 @@ class Stager {
   const StagedOptions& options_;
   kernels::Backend& backend_;
   Alignment own_;
+  Stages best_;
+  double best_objective_ = 0;
   StagedAlignment result_;
 };
 

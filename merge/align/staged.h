@@ -12,9 +12,9 @@
 //                  architecture allows it, by activations and weights together
 //
 // The weight matching climbs to the nearest maximum, so it starts from several residual orders (by
-// the first site, the last, and all), with either order of queries and keys; the last stage of each
-// is compared by the objective, and a residual order counts only where it lowers it: else the
-// stages `weights` and after keep the model's own.
+// the first site, the last, and all), with either order of queries and keys, and goes through the
+// groups in several ways; the last stage of each is compared by the objective, and a residual order
+// counts only where it lowers it: else the stages `weights` and after keep the model's own.
 //
 // Memory: moments of one site, and what weight matching takes.
 #pragma once
@@ -43,7 +43,7 @@ struct StagedOptions {
   // matrices of norm 1.
   double weight_evidence = 1;
   int model = 1;  // in the statistics, where the reference is 0
-  int restarts = 1;
+  int ways = 4;   // through the groups, from each start
   uint64_t seed = 0;
   int threads = 1;
   std::function<absl::Status()> check;

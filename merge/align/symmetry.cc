@@ -270,6 +270,13 @@ class SymmetryReader {
         RETURN_IF_ERROR(AddTensor(architecture, tensor));
       }
     }
+    // What an architecture does not merge (the transform of a masked-LM head) is part of the
+    // network all the same.
+    for (const std::string& name : models_[0]->tensor_names()) {
+      Numbers numbers;
+      if (stored_.contains(name) || FindAxes(architecture, name, numbers) == nullptr) continue;
+      RETURN_IF_ERROR(AddTensor(architecture, {.name = name}));
+    }
     return absl::OkStatus();
   }
 
@@ -340,6 +347,7 @@ class SymmetryReader {
     for (const auto& model : models_) {
       const std::string stored = StoredName(*model, tensor, /*with_tied=*/true);
       if (stored.empty()) continue;
+      stored_.insert(stored);
       const TensorInfo& info = *model->Find(stored);
       const Shape& shape = info.shape;
       if (model.get() == first) {
@@ -519,6 +527,7 @@ class SymmetryReader {
   const Models models_;
   const Family& family_;
   Symmetry& symmetry_;
+  std::set<std::string> stored_;  // names of tensors that have been added
   absl::Span<const json> configs_;
 };
 

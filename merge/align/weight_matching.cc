@@ -354,7 +354,7 @@ class Matcher {
     std::vector<int64_t> changed(symmetry_.groups().size(), 0), taken(steps_.size(), -1);
     int64_t now = 0;
     for (int sweep = 0; sweep < options_.max_sweeps; ++sweep) {
-      for (size_t i = order.size(); attempt > 0 && i > 1; --i) {
+      for (size_t i = order.size(); (attempt > 0 || options_.shuffle_all) && i > 1; --i) {
         std::swap(order[i - 1], order[engine() % i]);
       }
       double gained = 0;

@@ -36,6 +36,7 @@ struct WeightMatchingOptions {
   // Ways to go through the groups: the first in their own order, the others shuffled by `seed`. The
   // one with the greatest objective counts.
   int restarts = 1;
+  bool shuffle_all = false;  // the first way, too
   uint64_t seed = 0;
   int max_sweeps = 100;
   int threads = 1;

@@ -211,7 +211,8 @@ class Planner {
       StatisticsFile::Gram gram;
       std::string name = input.tensor;
       if (method_->statistics == StatisticsUse::kLayerInputs) {
-        ASSIGN_OR_RETURN(gram, statistics.file.FindGram(input.tensor));
+        ASSIGN_OR_RETURN(gram,
+                         statistics.file.FindGram(Model(input.model).config_json(), input.tensor));
         name = gram.tensor;
       }
       const TensorInfo* const info = name.empty() ? nullptr : checkpoint.Find(name);
@@ -223,7 +224,9 @@ class Planner {
       PlanInput one{.model = statistics.model, .tensor = name, .layer = input.layer};
       ASSIGN_OR_RETURN(one.source, checkpoint.OpenTensor(name, model.file_base));
       if (method_->statistics == StatisticsUse::kLayerInputs) {
-        if (!layer) layer = LayerInputs{.width = gram.width, .axis = AxisOf(tensor, gram.width)};
+        if (!layer)
+          layer = LayerInputs{.width = gram.width,
+                              .axis = gram.axis.value_or(AxisOf(tensor, gram.width))};
         if (gram.width != layer->width) {
           return absl::FailedPreconditionError(absl::StrCat(
               "statistics of ", layer->width, " inputs in ", plan_.models[found[0].model].ref,

@@ -10,6 +10,8 @@
 #include "base/status.h"
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/safetensors.h"
+#include "merge/forward/layer_sites.h"
+#include "merge/forward/statistics_format.h"
 
 namespace pewter {
 namespace {
@@ -18,7 +20,7 @@ namespace {
 absl::StatusOr<std::vector<std::string>> ModelsOf(const InputFile& file) {
   ASSIGN_OR_RETURN(const SafetensorsHeader header,
                    ReadSafetensorsHeader(*file.store, file.key, file.stat.size));
-  const auto found = header.metadata.find("models");
+  const auto found = header.metadata.find(kStatisticsModelsKey);
   if (found == header.metadata.end()) return std::vector<std::string>{};
   const nlohmann::json list =
       nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
@@ -58,10 +60,19 @@ absl::StatusOr<StatisticsFile> StatisticsFile::Open(const RecipeStatistics& reci
   return file;
 }
 
-absl::StatusOr<StatisticsFile::Gram> StatisticsFile::FindGram(absl::string_view weight) const {
-  const absl::string_view site = absl::StripSuffix(weight, ".weight");
+absl::StatusOr<StatisticsFile::Gram> StatisticsFile::FindGram(absl::string_view config_json,
+                                                              absl::string_view weight) const {
   Gram gram;
-  const std::string name = absl::StrCat(site, ".gram.", model_, ".", model_);
+  std::string site(absl::StripSuffix(weight, ".weight"));
+  std::string name = GramName(site, model_, model_);
+  const std::optional<LayerSite> known = FindLayerSite(config_json, weight);
+  if (known) {
+    gram.axis = known->input_axis;
+    if (checkpoint_->Find(name) == nullptr) {
+      site = known->site;
+      name = GramName(site, model_, model_);
+    }
+  }
   const TensorInfo* const info = checkpoint_->Find(name);
   if (info == nullptr) return gram;
   const std::string where = checkpoint_->files()[checkpoint_->FileOf(name)].Describe();
@@ -73,7 +84,7 @@ absl::StatusOr<StatisticsFile::Gram> StatisticsFile::FindGram(absl::string_view 
     return wrong(absl::StrCat(name, " ", info->shape.ToString(),
                               " is not a square matrix of floating numbers"));
   }
-  const std::string count_name = absl::StrCat(site, ".count");
+  const std::string count_name = CountName(site);
   const TensorInfo* const count = checkpoint_->Find(count_name);
   if (count == nullptr || count->dtype != DType::kI64 || count->shape.elements() != 1) {
     return wrong(absl::StrCat("there is no ", count_name, ", a whole number (I64), beside ", name));

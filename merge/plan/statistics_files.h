@@ -2,12 +2,15 @@
 // (merge/forward/statistics.h) or of one tensor for each of the model's, opened as tensors to be
 // read.
 //
-// Sites are found by the layer's name: SITE.gram.I.I and SITE.count, where SITE is the weight's
-// name without ".weight". I is the model's place in the file's list of models; a file of one model
-// is that model's whatever it is called, and a file without a list has one.
+// A layer's inputs are SITE.gram.I.I and SITE.count, where SITE is the weight's name without
+// ".weight", or else where the forward pass has them (merge/forward/layer_sites.h). I is the
+// model's place in the file's list of models; a file of one model is that model's whatever it is
+// called, and a file without a list has one.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -28,11 +31,13 @@ class StatisticsFile {
   struct Gram {
     std::string tensor;
     int64_t width = 0;
-    double rows = 0;  // of X
+    double rows = 0;          // of X
+    std::optional<int> axis;  // of the weight, that runs over the inputs, where that is known
   };
   // An empty `tensor`: the file has none. FailedPrecondition when it is not square or not of
   // floating numbers, or there is no count of rows above 0.
-  absl::StatusOr<Gram> FindGram(absl::string_view weight) const;
+  // `config_json` is the model's.
+  absl::StatusOr<Gram> FindGram(absl::string_view config_json, absl::string_view weight) const;
 
  private:
   std::shared_ptr<const Checkpoint> checkpoint_;

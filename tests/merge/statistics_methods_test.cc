@@ -14,7 +14,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "kernels/backends.h"
+#include "merge/forward/collect.h"
 #include "merge/pewter.h"
+#include "store/file_store.h"
 #include "tests/support/matchers.h"
 #include "tests/support/tiny_model.h"
 
@@ -381,6 +384,90 @@ TEST_F(StatisticsTest, GramMatricesWithInfinitiesAreRefused) {
   job.statistics[1][0].values[3] = std::numeric_limits<double>::infinity();
   EXPECT_THAT(Merge(job), StatusIs(absl::StatusCode::kFailedPrecondition,
                                    AllOf(HasSubstr(File(1)), HasSubstr("infinite"))));
+}
+
+// A model's own statistics file, by a forward pass.
+void Collect(const std::string& model, const std::string& data, const TempFolder& folder,
+             const std::string& key) {
+  const auto backend = kernels::OpenBackend({}, 1);
+  ASSERT_THAT(backend, IsOk());
+  const auto checkpoint = Checkpoint::Open({.path = model});
+  ASSERT_THAT(checkpoint, IsOk());
+  const auto forward = MakeForwardModel(*checkpoint);
+  const auto opened = ForwardData::Open(data);
+  ASSERT_THAT(forward, IsOk());
+  ASSERT_THAT(opened, IsOk());
+  StatisticsOptions options;
+  options.forward.backend = backend->get();
+  options.choose = [](absl::string_view) { return Grams::kOwn; };
+  const ForwardModel models[] = {*forward};
+  ASSERT_THAT(
+      CollectStatistics(models, *opened, options, std::make_shared<FileStore>(folder.path()), key),
+      IsOk());
+}
+
+TEST_F(StatisticsTest, RegMeanReadsWhatForwardPassesCollect) {
+  const fs::path goldens = fs::path(PEWTER_SOURCE_DIR) / "../shared/goldens/alignment";
+  if (!fs::exists(goldens / "gpt2")) GTEST_SKIP() << "no models";
+  struct Case {
+    const char* model;
+    const char* weight;
+    const char* site;
+    bool inputs_first;
+  };
+  for (const Case& one :
+       {Case{"bert_mlm", "bert.encoder.layer.1.attention.self.key.weight", "attention_input.1",
+             false},
+        Case{"bert_mlm", "bert.encoder.layer.0.output.dense.weight", "ffn.0", false},
+        Case{"gpt2", "transformer.h.0.attn.c_proj.weight", "attention.0", true}}) {
+    SCOPED_TRACE(absl::StrCat(one.model, " ", one.weight));
+    const fs::path pair = goldens / one.model;
+    std::string recipe = "merge_method: regmean\nparameters: {alpha: 0.8}\nmodels:\n";
+    std::string files;
+    for (const char* name : {"a", "b"}) {
+      const std::string key = absl::StrCat(one.model, name, ".safetensors");
+      const std::string model = (pair / name).string();
+      if (!fs::exists(folder_ / key)) {
+        Collect(model, (pair / "io.safetensors").string(), folder_, key);
+      }
+      absl::StrAppend(&recipe, "  - model: ", model, "\n");
+      absl::StrAppend(&files, "  ", model, ": ", folder_ / key, "\n");
+    }
+    const auto parsed = ParseRecipe(absl::StrCat(recipe, "statistics:\n", files));
+    ASSERT_THAT(parsed, IsOk());
+    PlanOptions options;
+    options.device = "cpu";
+    const auto plan = MakePlan(*parsed, options);
+    ASSERT_THAT(plan, IsOk());
+    const std::string out = folder_ / absl::StrCat("out", runs_++);
+    ASSERT_THAT(RunPlan(*plan, {.output = out}), IsOk());
+    // The gradient of the least squares is small beside its terms.
+    const TinyTensor merged = ReadTensors(out).at(one.weight);
+    const int64_t width = merged.shape[one.inputs_first ? 0 : 1];
+    const int64_t outputs = merged.shape.elements() / width;
+    std::vector<double> gradient(width * outputs), terms(width * outputs);
+    for (const char* name : {"a", "b"}) {
+      const TinyTensor own = ReadTensors((pair / name).string()).at(one.weight);
+      const Result statistics =
+          ReadTensors(folder_ / absl::StrCat(one.model, name, ".safetensors"));
+      const auto& gram = statistics.at(absl::StrCat(one.site, ".gram.0.0")).values;
+      const double rows = statistics.at(absl::StrCat(one.site, ".count")).values[0];
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t k = 0; k < width; ++k) {
+          const double h = gram[j * width + k] / rows * (j == k ? 1 : 0.8);
+          for (int64_t o = 0; o < outputs; ++o) {
+            const int64_t at = one.inputs_first ? k * outputs + o : o * width + k;
+            const double term = h * (merged.values[at] - own.values[at]);
+            gradient[j * outputs + o] += term;
+            terms[j * outputs + o] += std::abs(term);
+          }
+        }
+      }
+    }
+    for (size_t i = 0; i < gradient.size(); ++i) {
+      ASSERT_LE(std::abs(gradient[i]), 1e-5 * terms[i]) << i;
+    }
+  }
 }
 
 // --- Fisher -----------------------------------------------------------------------------------
