@@ -18,7 +18,10 @@ using kernels::Activation;
 using nlohmann::json;
 
 constexpr int64_t kMostLayers = 100'000;
-constexpr int64_t kMostWidth = int64_t{1} << 24;
+// Products of a few extents stay far below 2^63.
+constexpr int64_t kMostWidth = int64_t{1} << 20;
+constexpr int64_t kMostSide = int64_t{1} << 14;  // of an image
+constexpr int64_t kMostChannels = int64_t{1} << 12;
 
 constexpr Family kBert = {.model_type = "bert",
                           .prefixes = {"bert.", ""},
@@ -108,7 +111,10 @@ constexpr Family kGpt2 = {.model_type = "gpt2",
                           .inner_key = "n_inner",
                           .positions_key = "n_positions",
                           .epsilon_key = "layer_norm_epsilon",
-                          .activation_key = "activation_function"};
+                          .activation_key = "activation_function",
+                          .activation = "gelu_new",
+                          .epsilon = 1e-5,
+                          .inner_per_width = 4};
 
 Family Llama(const char* model_type) {
   return {.model_type = model_type,
@@ -129,7 +135,9 @@ Family Llama(const char* model_type) {
           .ffn_norm = "post_attention_layernorm",
           .final_norm = "norm",
           .decoder = "lm_head",
-          .epsilon_key = "rms_norm_eps"};
+          .epsilon_key = "rms_norm_eps",
+          .activation = "silu",
+          .epsilon = 1e-6};
 }
 
 Family Qwen3() {
@@ -182,7 +190,8 @@ constexpr Family kT5 = {
     .layers_key = "num_layers",
     .heads_key = "num_heads",
     .inner_key = "d_ff",
-    .epsilon_key = "layer_norm_epsilon"};
+    .epsilon_key = "layer_norm_epsilon",
+    .epsilon = 1e-6};
 
 // --- config.json --------------------------------------------------------------------------------
 
@@ -404,11 +413,11 @@ absl::Status ParseSides(const Config& config, const char* key, int64_t* height, 
   const json* const value = config.Find(key);
   if (value != nullptr && value->is_array() && value->size() == 2) {
     const json sides = {{"height", (*value)[0]}, {"width", (*value)[1]}};
-    ASSIGN_OR_RETURN(*height, Config(sides).Integer("height", 1, 1 << 16));
-    ASSIGN_OR_RETURN(*width, Config(sides).Integer("width", 1, 1 << 16));
+    ASSIGN_OR_RETURN(*height, Config(sides).Integer("height", 1, kMostSide));
+    ASSIGN_OR_RETURN(*width, Config(sides).Integer("width", 1, kMostSide));
     return absl::OkStatus();
   }
-  ASSIGN_OR_RETURN(*height, config.Integer(key, 1, 1 << 16));
+  ASSIGN_OR_RETURN(*height, config.Integer(key, 1, kMostSide));
   *width = *height;
   return absl::OkStatus();
 }
@@ -419,7 +428,7 @@ absl::Status ParseFeedForward(const Config& config, NetworkShape& shape) {
   if (!t5) {
     shape.gated = family.gate != nullptr;
     ASSIGN_OR_RETURN(const std::string name,
-                     config.TextOr(family.activation_key, shape.gated ? "silu" : "gelu"));
+                     config.TextOr(family.activation_key, family.activation));
     ASSIGN_OR_RETURN(shape.activation, ParseActivation(family.activation_key, name));
     return absl::OkStatus();
   }
@@ -436,7 +445,7 @@ absl::Status ParseEmbedding(const Config& config, NetworkShape& shape) {
   if (family.patches != nullptr) {
     RETURN_IF_ERROR(ParseSides(config, "image_size", &shape.image_height, &shape.image_width));
     RETURN_IF_ERROR(ParseSides(config, "patch_size", &shape.patch_height, &shape.patch_width));
-    ASSIGN_OR_RETURN(shape.channels, config.IntegerOr("num_channels", 1, 1 << 16, 3));
+    ASSIGN_OR_RETURN(shape.channels, config.IntegerOr("num_channels", 1, kMostChannels, 3));
     if (shape.image_height % shape.patch_height != 0 ||
         shape.image_width % shape.patch_width != 0) {
       return Wrong("image_size", "is not a multiple of patch_size");
@@ -486,7 +495,7 @@ absl::Status Parse(const Config& config, NetworkShape& shape) {
   ASSIGN_OR_RETURN(shape.layers, config.Integer(family.layers_key, 1, kMostLayers));
   ASSIGN_OR_RETURN(shape.heads, config.Integer(family.heads_key, 1, kMostWidth));
   ASSIGN_OR_RETURN(shape.inner, config.IntegerOr(family.inner_key, 1, kMostWidth,
-                                                 family.transposed ? 4 * shape.width : int64_t{0}));
+                                                 family.inner_per_width * shape.width));
   if (shape.inner == 0) return Wrong(family.inner_key, "is missing");
   ASSIGN_OR_RETURN(shape.key_heads,
                    config.IntegerOr("num_key_value_heads", 1, kMostWidth, shape.heads));
@@ -502,8 +511,7 @@ absl::Status Parse(const Config& config, NetworkShape& shape) {
   ASSIGN_OR_RETURN(shape.head,
                    config.IntegerOr(head_key, 1, kMostWidth, shape.width / shape.heads));
   if (shape.heads > kMostWidth / shape.head) return Wrong(family.heads_key, "is too large");
-  ASSIGN_OR_RETURN(const double epsilon,
-                   config.NumberOr(family.epsilon_key, family.centre ? 1e-12 : 1e-6));
+  ASSIGN_OR_RETURN(const double epsilon, config.NumberOr(family.epsilon_key, family.epsilon));
   shape.epsilon = static_cast<float>(epsilon);
   ASSIGN_OR_RETURN(shape.tied, config.BoolOr("tie_word_embeddings", false));
   shape.tie_is_said = config.Find("tie_word_embeddings") != nullptr;

@@ -72,6 +72,10 @@ struct Family {
              *heads_key = "num_attention_heads", *inner_key = "intermediate_size",
              *positions_key = "max_position_embeddings", *epsilon_key = "layer_norm_eps",
              *activation_key = "hidden_act";
+  // What stands for absent keys.
+  const char* activation = "gelu";
+  double epsilon = 1e-12;
+  int64_t inner_per_width = 0;  // 0: inner_key must be there
 };
 
 // Of every known family.

@@ -327,7 +327,11 @@ struct Transformer::Data {
         ASSIGN_OR_RETURN(decoder, Need(embedding, wanted));
       }
       if (masked) {
-        ASSIGN_OR_RETURN(decoder_bias, Need(f.decoder_bias, {shape.vocabulary}));
+        // Some files have the decoder's name for it.
+        ASSIGN_OR_RETURN(decoder_bias, Maybe(absl::StrCat(f.decoder, ".bias"), {shape.vocabulary}));
+        if (decoder_bias == nullptr) {
+          ASSIGN_OR_RETURN(decoder_bias, Need(f.decoder_bias, {shape.vocabulary}));
+        }
         RETURN_IF_ERROR(CheckNorm(f.transform_norm, shape.width));
       }
     }

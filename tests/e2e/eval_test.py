@@ -66,4 +66,4 @@ def test_mistakes_are_named(causal, tmp_path):
     ids = evaluate(model, "--data", tmp_path / "ids.safetensors")
     assert ids.returncode == FAILED and "its vocabulary has 24 tokens" in ids.stderr
     small = evaluate(model, "--data", data, "--memory", "10KiB")
-    assert small.returncode == FAILED and "the memory is 10 KiB" in small.stderr
+    assert small.returncode == FAILED and "the memory is 10.0 KiB" in small.stderr

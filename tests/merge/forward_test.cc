@@ -440,19 +440,25 @@ TEST_F(BadInputTest, ModelsThatAreNotKnown) {
               StatusIs(kPrecondition, HasSubstr("num_hidden_layers is 0")));
   EXPECT_THAT(ConfigError("bert", "num_attention_heads", 3),
               StatusIs(kPrecondition, HasSubstr("does not divide 8")));
+  EXPECT_THAT(ConfigError("bert", "hidden_size", int64_t{1} << 62),
+              StatusIs(kPrecondition, HasSubstr("hidden_size is 4611686018427387904")));
+  EXPECT_THAT(ConfigError("bert", "hidden_size", -8),
+              StatusIs(kPrecondition, HasSubstr("hidden_size is -8")));
+  EXPECT_THAT(ConfigError("bert", "vocab_size", 2147483647),
+              StatusIs(kPrecondition, HasSubstr("config.json says [2147483647, 8]")));
   EXPECT_THAT(ConfigError("bert", "intermediate_size", 13),
               StatusIs(kPrecondition, AllOf(HasSubstr("intermediate.dense.weight"),
                                             HasSubstr("config.json says [13, 8]"))));
   EXPECT_THAT(ConfigError("bert", "num_hidden_layers", 3),
               StatusIs(kPrecondition, HasSubstr("there is no tensor bert.encoder.layer.2.")));
-  EXPECT_THAT(
-      ConfigError("llama3", "rope_parameters", {{"rope_type", "longrope"}, {"factor", 2.0}}),
-      StatusIs(kPrecondition, HasSubstr("rope_parameters.rope_type is \"longrope\"")));
+  EXPECT_THAT(ConfigError("llama3", "rope_parameters",
+                          nlohmann::json::object({{"rope_type", "longrope"}, {"factor", 2.0}})),
+              StatusIs(kPrecondition, HasSubstr("rope_parameters.rope_type is \"longrope\"")));
   EXPECT_THAT(ConfigError("llama3", "num_key_value_heads", 3),
               StatusIs(kPrecondition, HasSubstr("num_key_value_heads is 3")));
-  EXPECT_THAT(ConfigError("llama3", "quantization_config", {{"bits", 4}}),
+  EXPECT_THAT(ConfigError("llama3", "quantization_config", nlohmann::json::object({{"bits", 4}})),
               StatusIs(kPrecondition, HasSubstr("quantization_config")));
-  EXPECT_THAT(ConfigError("bert", "architectures", {"GPT2LMHeadModel"}),
+  EXPECT_THAT(ConfigError("bert", "architectures", nlohmann::json::array({"GPT2LMHeadModel"})),
               StatusIs(kPrecondition, HasSubstr("causal language model")));
 }
 

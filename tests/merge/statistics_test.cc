@@ -307,7 +307,7 @@ TEST_P(StatisticsTest, RefusesWhatCannotBe) {
   StatisticsOptions small = Options(Grams::kCross);
   small.forward.memory_bytes = 10'240;
   EXPECT_THAT(CollectStatistics({OpenModel(kModels + "bert")}, data, small, store, kKey),
-              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("memory is 10 KiB")));
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("memory is 10.0 KiB")));
   EXPECT_THAT(
       CollectStatistics({OpenModel(kModels + "bert")}, data, Options(Grams::kNone), store, kKey),
       StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no site")));
