@@ -12,6 +12,8 @@ pkg_check_modules(re2 REQUIRED IMPORTED_TARGET re2)
 pkg_check_modules(icu REQUIRED IMPORTED_TARGET icu-i18n>=72 icu-uc>=72)
 find_package(yaml-cpp 0.7 REQUIRED)
 find_package(nlohmann_json 3.11 REQUIRED)
+find_package(CURL 7.88 REQUIRED)
+find_package(pugixml 1.13 REQUIRED)
 if(PEWTER_SERVER)
   # gRPC does not look for what is found already, but wants it by this name.
   add_library(re2::re2 ALIAS PkgConfig::re2)

@@ -131,6 +131,16 @@ bool IsTemporary(absl::string_view name) {
   return absl::StartsWith(name, ".") && absl::EndsWith(name, kTemporarySuffix);
 }
 
+// rename that fails with EEXIST where something is.
+int MoveToNew(const char* from, const char* to) {
+  if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_NOREPLACE) == 0) return 0;
+  // Not every file system (NFS) knows the flag.
+  if (errno != EINVAL && errno != ENOSYS) return -1;
+  if (link(from, to) != 0) return -1;
+  unlink(from);
+  return 0;
+}
+
 // Removes temporaries of `name` that no living writer holds the lock of. Best effort: a leftover
 // costs space, not correctness.
 void RemoveStaleTemporaries(const std::string& folder, absl::string_view name) {
@@ -205,7 +215,8 @@ class FileStore::DescriptorCache {
 class FileStore::Writer final : public ObjectWriter {
  public:
   static absl::StatusOr<std::unique_ptr<ObjectWriter>> Open(
-      std::string key, std::string path, std::shared_ptr<DescriptorCache> descriptors) {
+      std::string key, std::string path, bool only_new,
+      std::shared_ptr<DescriptorCache> descriptors) {
     const std::string folder = FolderOf(path);
     RETURN_IF_ERROR(MakeFolders(folder));
     struct stat st;
@@ -228,9 +239,9 @@ class FileStore::Writer final : public ObjectWriter {
       }
       if (fstat(descriptor.get(), &st) != 0) return ErrnoStatus(errno, "create", path);
       if (st.st_nlink == 0) continue;  // another writer did so before the lock
-      return std::unique_ptr<ObjectWriter>(new Writer(std::move(key), std::move(path),
-                                                      std::move(temporary), std::move(descriptor),
-                                                      std::move(descriptors)));
+      return std::unique_ptr<ObjectWriter>(
+          new Writer(std::move(key), std::move(path), std::move(temporary), only_new,
+                     std::move(descriptor), std::move(descriptors)));
     }
   }
 
@@ -250,8 +261,12 @@ class FileStore::Writer final : public ObjectWriter {
     RETURN_IF_ERROR(failure_);
     failure_ = absl::FailedPreconditionError(absl::StrCat(path_, " was committed already"));
     if (const int error = file_.Sync(); error != 0) return failure_ = WriteError(error);
-    if (rename(temporary_.c_str(), path_.c_str()) != 0) {
-      return failure_ = ErrnoStatus(errno, "write", path_);
+    const int moved = only_new_ ? MoveToNew(temporary_.c_str(), path_.c_str())
+                                : rename(temporary_.c_str(), path_.c_str());
+    if (moved != 0) {
+      return failure_ = errno == EEXIST
+                            ? absl::AlreadyExistsError(absl::StrCat(path_, " exists already"))
+                            : ErrnoStatus(errno, "write", path_);
     }
     committed_ = true;
     descriptors_->Forget(key_);
@@ -259,11 +274,12 @@ class FileStore::Writer final : public ObjectWriter {
   }
 
  private:
-  Writer(std::string key, std::string path, std::string temporary, Descriptor descriptor,
-         std::shared_ptr<DescriptorCache> descriptors)
+  Writer(std::string key, std::string path, std::string temporary, bool only_new,
+         Descriptor descriptor, std::shared_ptr<DescriptorCache> descriptors)
       : key_(std::move(key)),
         path_(std::move(path)),
         temporary_(std::move(temporary)),
+        only_new_(only_new),
         descriptor_(std::move(descriptor)),
         descriptors_(std::move(descriptors)) {}
 
@@ -288,6 +304,7 @@ class FileStore::Writer final : public ObjectWriter {
   const std::string key_;
   const std::string path_;
   const std::string temporary_;
+  const bool only_new_;
   const Descriptor descriptor_;
   const std::shared_ptr<DescriptorCache> descriptors_;
   absl::Status failure_;  // of the first failure: a damaged object is never committed
@@ -393,7 +410,12 @@ absl::Status FileStore::Remove(absl::string_view key) {
 
 absl::StatusOr<std::unique_ptr<ObjectWriter>> FileStore::Create(absl::string_view key) {
   RETURN_IF_ERROR(ValidateKey(key));
-  return Writer::Open(std::string(key), Describe(key), descriptors_);
+  return Writer::Open(std::string(key), Describe(key), /*only_new=*/false, descriptors_);
+}
+
+absl::StatusOr<std::unique_ptr<ObjectWriter>> FileStore::CreateNew(absl::string_view key) {
+  RETURN_IF_ERROR(ValidateKey(key));
+  return Writer::Open(std::string(key), Describe(key), /*only_new=*/true, descriptors_);
 }
 
 }  // namespace pewter

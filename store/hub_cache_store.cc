@@ -151,5 +151,8 @@ absl::Status HubCacheStore::Remove(absl::string_view key) { return ReadOnly(); }
 absl::StatusOr<std::unique_ptr<ObjectWriter>> HubCacheStore::Create(absl::string_view key) {
   return ReadOnly();
 }
+absl::StatusOr<std::unique_ptr<ObjectWriter>> HubCacheStore::CreateNew(absl::string_view key) {
+  return ReadOnly();
+}
 
 }  // namespace pewter

@@ -10,6 +10,7 @@
 #include "store/file_store.h"
 #include "store/hub_cache_store.h"
 #include "store/object_key.h"
+#include "store/s3_store.h"
 
 namespace pewter {
 
@@ -36,11 +37,24 @@ absl::StatusOr<std::string> ReadText(ObjectStore& store, absl::string_view key, 
   return text;
 }
 
+namespace {
+
+absl::Status WriteAndCommit(ObjectWriter& writer, absl::string_view text) {
+  RETURN_IF_ERROR(writer.Append(
+      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(text.data()), text.size())));
+  return writer.Commit();
+}
+
+}  // namespace
+
 absl::Status WriteText(ObjectStore& store, absl::string_view key, absl::string_view text) {
   ASSIGN_OR_RETURN(const std::unique_ptr<ObjectWriter> writer, store.Create(key));
-  RETURN_IF_ERROR(writer->Append(
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(text.data()), text.size())));
-  return writer->Commit();
+  return WriteAndCommit(*writer, text);
+}
+
+absl::Status WriteNewText(ObjectStore& store, absl::string_view key, absl::string_view text) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<ObjectWriter> writer, store.CreateNew(key));
+  return WriteAndCommit(*writer, text);
 }
 
 absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri) {
@@ -50,14 +64,17 @@ absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri) {
                                                       ? absl::string_view()
                                                       : uri.substr(at + 1));
   }
+  if (absl::StartsWith(uri, "s3://")) return S3Store::Open(uri);
   if (absl::ConsumePrefix(&uri, "file://")) {
     if (!absl::StartsWith(uri, "/")) {
       return absl::InvalidArgumentError(
           absl::StrCat("file://", uri, " must be an absolute path: file:///folder"));
     }
   } else if (absl::StrContains(uri, "://")) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        uri, ": unknown kind of store; use a path, file:///path or hf://org/model[@revision]"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(uri,
+                     ": unknown kind of store; use a path, file:///path, s3://bucket/prefix or "
+                     "hf://org/model[@revision]"));
   }
   if (uri.empty()) return absl::InvalidArgumentError("empty path");
   return std::make_shared<FileStore>(std::string(uri));

@@ -1,4 +1,4 @@
-// ObjectStore: five verbs over objects below one root (a folder, a bucket prefix, a hub snapshot).
+// ObjectStore: a few verbs over objects below one root (a folder, a bucket prefix, a hub snapshot).
 //
 // Keys are relative paths with '/' ("tokenizer/vocab.txt"); a key that is empty, absolute, or has a
 // ".." part is InvalidArgument. Every method may be called from any thread. Errors: NotFound,
@@ -53,6 +53,9 @@ class ObjectStore {
   // OK when the object was not there.
   virtual absl::Status Remove(absl::string_view key) = 0;
   virtual absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) = 0;
+  // Commit is AlreadyExists when there is an object of that key by then: of all writers that were
+  // made so, one commits. For small objects: they may be held in memory.
+  virtual absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) = 0;
   // Full name of an object, for messages: "/models/a/config.json".
   virtual std::string Describe(absl::string_view key) const = 0;
 };
@@ -60,10 +63,12 @@ class ObjectStore {
 // Whole object as text; FailedPrecondition when it is larger than `limit`.
 absl::StatusOr<std::string> ReadText(ObjectStore& store, absl::string_view key, int64_t limit);
 absl::Status WriteText(ObjectStore& store, absl::string_view key, absl::string_view text);
+// As an object that is not there yet, else AlreadyExists.
+absl::Status WriteNewText(ObjectStore& store, absl::string_view key, absl::string_view text);
 
-// Opens the store at `uri`: a path, file:///path, or hf://org/model[@revision] (an existing hub
-// cache, offline). NotFound for an hf snapshot that is not in the cache. A file path need not exist
-// yet.
+// Opens the store at `uri`: a path, file:///path, s3://bucket/prefix (see S3OptionsFrom for what
+// the environment says of it), or hf://org/model[@revision] (an existing hub cache, offline).
+// NotFound for an hf snapshot that is not in the cache. A file path need not exist yet.
 absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri);
 
 }  // namespace pewter

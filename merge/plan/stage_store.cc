@@ -162,6 +162,10 @@ absl::StatusOr<std::unique_ptr<ObjectWriter>> StageStore::Create(absl::string_vi
   return absl::UnimplementedError(absl::StrCat(Describe(key), " is read-only"));
 }
 
+absl::StatusOr<std::unique_ptr<ObjectWriter>> StageStore::CreateNew(absl::string_view key) {
+  return Create(key);
+}
+
 std::string StageStore::Describe(absl::string_view key) const {
   const std::shared_ptr<ObjectStore> merged = folder();
   return merged != nullptr ? merged->Describe(key) : absl::StrCat("stage ", name_, ": ", key);

@@ -34,6 +34,7 @@ class StageStore final : public ObjectStore {
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
   absl::Status Remove(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
+  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
   std::string Describe(absl::string_view key) const override;
 
  private:

@@ -32,6 +32,7 @@ class MemoryStore final : public ObjectStore {
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view) override { abort(); }
   absl::Status Remove(absl::string_view) override { abort(); }
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view) override { abort(); }
+  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view) override { abort(); }
   std::string Describe(absl::string_view key) const override { return std::string(key); }
 
  private:

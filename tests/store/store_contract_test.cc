@@ -1,8 +1,10 @@
 // The contract of ObjectStore on every store.
 #include "store/file_store.h"
 #include "store/hub_cache_store.h"
+#include "store/s3_store.h"
 #include "tests/contract/object_store_contract.h"
 #include "tests/support/hub_cache.h"
+#include "tests/support/s3_server.h"
 #include "tests/support/temp_folder.h"
 
 namespace pewter::testing {
@@ -47,6 +49,42 @@ class HubFixture final : public ObjectStoreFixture {
 std::unique_ptr<ObjectStoreFixture> MakeHub() { return std::make_unique<HubFixture>(); }
 
 INSTANTIATE_TEST_SUITE_P(HubCache, ObjectStoreReading, ::testing::Values(&MakeHub));
+
+// A prefix of its own in a bucket of all.
+class S3Fixture final : public ObjectStoreFixture {
+ public:
+  S3Fixture() {
+    S3Server* const server = S3Server::Get(missing_);
+    if (server == nullptr) return;
+    static const std::string& bucket = *new std::string(server->MakeBucket());
+    static int count = 0;
+    place_ = {.bucket = bucket, .prefix = absl::StrCat("test ", ++count, "/")};
+    client_ = std::make_shared<S3Client>(server->Options());
+    store_ = std::make_unique<S3Store>(client_, place_);
+  }
+  std::string missing() const override { return missing_; }
+  ObjectStore& store() override { return *store_; }
+  void Put(const std::string& key, const std::string& content) override {
+    S3Reply reply;
+    ASSERT_THAT(client_->Send({.method = "PUT",
+                               .bucket = place_.bucket,
+                               .key = absl::StrCat(place_.prefix, key),
+                               .body = AsBytes(content)},
+                              reply),
+                IsOk());
+  }
+
+ private:
+  std::string missing_;
+  S3Store::Place place_;
+  std::shared_ptr<S3Client> client_;
+  std::unique_ptr<S3Store> store_;
+};
+
+std::unique_ptr<ObjectStoreFixture> MakeS3() { return std::make_unique<S3Fixture>(); }
+
+INSTANTIATE_TEST_SUITE_P(S3, ObjectStoreReading, ::testing::Values(&MakeS3));
+INSTANTIATE_TEST_SUITE_P(S3, ObjectStoreWriting, ::testing::Values(&MakeS3));
 
 }  // namespace
 }  // namespace pewter::testing

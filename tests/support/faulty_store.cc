@@ -62,6 +62,11 @@ absl::StatusOr<std::unique_ptr<ObjectWriter>> FaultyStore::Create(absl::string_v
   return std::make_unique<Writer>(*this, Describe(key), std::move(writer));
 }
 
+absl::StatusOr<std::unique_ptr<ObjectWriter>> FaultyStore::CreateNew(absl::string_view key) {
+  ASSIGN_OR_RETURN(std::unique_ptr<ObjectWriter> writer, store_->CreateNew(key));
+  return std::make_unique<Writer>(*this, Describe(key), std::move(writer));
+}
+
 std::string FaultyStore::Describe(absl::string_view key) const { return store_->Describe(key); }
 
 }  // namespace pewter::testing

@@ -38,6 +38,7 @@ class FaultyStore final : public ObjectStore {
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
   absl::Status Remove(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
+  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
   std::string Describe(absl::string_view key) const override;
 
  private:
