@@ -31,6 +31,7 @@ constexpr Command kCommands[] = {
      &DeclareShuffleLayers},
     {"submit", "Have a server merge", &DeclareSubmit},
     {"jobs", "List, show, follow, cancel and delete jobs of a server", &DeclareJobs},
+    {"store", "Try an object store, and tidy it up", &DeclareStore},
     {kTransplant, "Give a model the tokenizer of another one", &DeclareTransplantTokens},
     {"completion", "Print completions for a shell", &DeclareCompletion},
 };

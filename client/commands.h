@@ -39,6 +39,7 @@ CommandBody DeclareEval(CLI::App& app);
 CommandBody DeclareShuffleLayers(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);
 CommandBody DeclareJobs(CLI::App& app);
+CommandBody DeclareStore(CLI::App& app);
 CommandBody DeclareTransplantTokens(CLI::App& app);
 CommandBody DeclareCompletion(CLI::App& app);
 

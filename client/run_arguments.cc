@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status.h"
@@ -71,7 +72,7 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
     absl::StrAppend(&text, "\n  ", FormatCount(manifest.warnings.size(), "warning"));
   }
   absl::StrAppend(&text, "\n\nNext:\n");
-  if (model && !plan.config_json.empty()) {
+  if (model && !plan.config_json.empty() && !absl::StrContains(output, "://")) {
     absl::StrAppend(&text,
                     "  python3 -c \"from transformers import AutoModel; "
                     "AutoModel.from_pretrained('",

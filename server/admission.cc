@@ -15,6 +15,7 @@
 #include "server/digest.h"
 #include "server/errors.h"
 #include "server/random_token.h"
+#include "store/s3_store.h"
 
 namespace pewter::server {
 namespace {
@@ -47,12 +48,17 @@ class Violations {
 
 bool IsUri(absl::string_view path) {
   return absl::StartsWith(path, "/") || absl::StartsWith(path, "file://") ||
-         absl::StartsWith(path, "hf://");
+         absl::StartsWith(path, "s3://") || absl::StartsWith(path, "hf://");
 }
 
-// The file that an absolute path or file:// URI names, links resolved as far as it exists, so that
-// equal places have equal keys. Nothing for other places.
-std::optional<std::string> LocalKey(absl::string_view uri) {
+// The place that an absolute path, a file:// or an s3:// URI names, links resolved as far as it
+// exists, so that equal places have equal keys. Nothing for other places.
+std::optional<std::string> PlaceKey(absl::string_view uri) {
+  if (absl::StartsWith(uri, "s3://")) {
+    const absl::StatusOr<S3Store::Place> place = S3Store::Parse(uri);
+    if (!place.ok()) return std::nullopt;
+    return absl::StrCat("s3://", place->bucket, "/", absl::StripSuffix(place->prefix, "/"));
+  }
   absl::ConsumePrefix(&uri, "file://");
   if (!absl::StartsWith(uri, "/") || absl::StrContains(uri, absl::string_view("\0", 1))) {
     return std::nullopt;
@@ -111,11 +117,12 @@ bool CheckRecipeText(const std::string& recipe, Violations& violations) {
 void CheckPaths(const std::vector<RecipePath>& paths, Violations& violations) {
   for (const RecipePath& path : paths) {
     if (IsUri(path.path)) continue;
-    violations.Add("RELATIVE_PATH", "recipe",
-                   absl::StrCat(path.at.ToString(), ": model \"", path.path,
-                                "\" is neither an absolute path nor a file:// or hf:// URI, and "
-                                "the server has no working directory of yours; write ",
-                                "/PATH/", path.path, " or hf://", path.path));
+    violations.Add(
+        "RELATIVE_PATH", "recipe",
+        absl::StrCat(path.at.ToString(), ": model \"", path.path,
+                     "\" is neither an absolute path nor a file://, s3:// or hf:// URI, and "
+                     "the server has no working directory of yours; write ",
+                     "/PATH/", path.path, " or hf://", path.path));
   }
 }
 
@@ -161,14 +168,15 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
     violations.Add("DESTINATION_INVALID", "destination_uri", "is too long");
   } else if (absl::StartsWith(destination, "hf://")) {
     violations.Add("DESTINATION_INVALID", "destination_uri",
-                   "a hub is read-only; write an absolute path or a file:// URI");
+                   "a hub is read-only; write an absolute path, a file:// or an s3:// URI");
   } else {
-    key = LocalKey(destination);
+    key = PlaceKey(destination);
     if (!key) {
-      violations.Add("DESTINATION_INVALID", "destination_uri",
-                     absl::StrCat("\"", destination,
-                                  "\" is neither an absolute path nor a file:// URI, and the "
-                                  "server has no working directory of yours"));
+      violations.Add(
+          "DESTINATION_INVALID", "destination_uri",
+          absl::StrCat("\"", destination,
+                       "\" is neither an absolute path nor a file:// nor an s3:// URI, and the "
+                       "server has no working directory of yours"));
     } else if (*key == "/") {
       violations.Add("DESTINATION_INVALID", "destination_uri", "is the root folder");
     }
@@ -182,7 +190,7 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
       const std::vector<RecipePath> paths = PathsOf(*recipe);
       CheckPaths(paths, violations);
       for (const RecipePath& path : paths) {
-        if (key && LocalKey(path.path) == key) {
+        if (key && PlaceKey(path.path) == key) {
           violations.Add("DESTINATION_INVALID", "destination_uri",
                          absl::StrCat("is an input of the recipe (", path.at.ToString(), ")"));
           break;

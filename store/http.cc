@@ -99,8 +99,11 @@ absl::Status FromCurl(CURLcode code, const char* detail, absl::string_view url) 
     case CURLE_UNSUPPORTED_PROTOCOL:
     case CURLE_URL_MALFORMAT:
       return absl::InvalidArgumentError(message);
-    case CURLE_PEER_FAILED_VERIFICATION:
     case CURLE_SSL_CONNECT_ERROR:
+      // A connection may also break during the handshake.
+      if (!absl::StrContains(message, "error:")) return absl::UnavailableError(message);
+      return absl::FailedPreconditionError(absl::StrCat("TLS: ", message));
+    case CURLE_PEER_FAILED_VERIFICATION:
     case CURLE_SSL_CACERT_BADFILE:
     case CURLE_SSL_CERTPROBLEM:
     case CURLE_SSL_CIPHER:

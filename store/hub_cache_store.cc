@@ -106,7 +106,8 @@ absl::StatusOr<std::shared_ptr<ObjectStore>> HubCacheStore::Open(absl::string_vi
     return absl::NotFoundError(absl::StrCat(
         "model ", model, ", revision ", revision, ", is not in the hub cache (searched ", folder,
         "); download it with: hf download ", model,
-        revision == "main" ? "" : absl::StrCat(" --revision ", revision)));
+        revision == "main" ? "" : absl::StrCat(" --revision ", revision),
+        ", or set HF_ENDPOINT=https://huggingface.co to read it from the hub"));
   }
   return std::shared_ptr<ObjectStore>(
       new HubCacheStore(absl::StrCat("hf://", model, "@", commit), snapshot));

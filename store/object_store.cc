@@ -8,7 +8,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "store/file_store.h"
-#include "store/hub_cache_store.h"
+#include "store/hub_store.h"
 #include "store/object_key.h"
 #include "store/s3_store.h"
 
@@ -60,9 +60,8 @@ absl::Status WriteNewText(ObjectStore& store, absl::string_view key, absl::strin
 absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri) {
   if (absl::ConsumePrefix(&uri, "hf://")) {
     const size_t at = uri.find('@');
-    return HubCacheStore::Open(uri.substr(0, at), at == absl::string_view::npos
-                                                      ? absl::string_view()
-                                                      : uri.substr(at + 1));
+    return OpenHub(uri.substr(0, at),
+                   at == absl::string_view::npos ? absl::string_view() : uri.substr(at + 1));
   }
   if (absl::StartsWith(uri, "s3://")) return S3Store::Open(uri);
   if (absl::ConsumePrefix(&uri, "file://")) {

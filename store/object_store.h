@@ -48,6 +48,12 @@ class ObjectStore {
   // Fills `out` with the bytes from `offset` on; DataLoss when the object ends earlier.
   virtual absl::Status ReadInto(absl::string_view key, int64_t offset,
                                 absl::Span<std::byte> out) = 0;
+  // A hint: these bytes will be read soon, front to back. A distant store fetches ahead what its
+  // share of memory takes (see ReadAhead) as long as the returned object lives, which needs the
+  // store. Null where that brings nothing.
+  virtual std::shared_ptr<void> WillRead(absl::string_view key, int64_t offset, int64_t bytes) {
+    return nullptr;
+  }
   // Every object whose key starts with `prefix`, sorted by key. Temporary objects are not listed.
   virtual absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) = 0;
   // OK when the object was not there.
@@ -56,6 +62,10 @@ class ObjectStore {
   // Commit is AlreadyExists when there is an object of that key by then: of all writers that were
   // made so, one commits. For small objects: they may be held in memory.
   virtual absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) = 0;
+  // Whether reading and writing take memory of their own: a network is between. See LimitWriters.
+  virtual bool distant() const { return false; }
+  // Writers that are made from now on take at most so much memory each, or the least they can.
+  virtual void LimitWriters(int64_t bytes) {}
   // Full name of an object, for messages: "/models/a/config.json".
   virtual std::string Describe(absl::string_view key) const = 0;
 };

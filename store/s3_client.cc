@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "base/digest.h"
 #include "base/status.h"
+#include "store/http_range.h"
 
 namespace pewter {
 namespace {
@@ -37,6 +38,7 @@ bool IsThrottle(int status, absl::string_view code) {
 
 bool IsTransient(int status, absl::string_view code) {
   return status == 500 || status == 502 || status == 504 || status == 408 || status == 509 ||
+         code == "BadDigest" || code == "XAmzContentSHA256Mismatch" ||  // damaged on the way
          code == "InternalError" || code == "RequestTimeout" || code == "ServiceUnavailable" ||
          code == "ConditionalRequestConflict" || code == "OperationAborted";
 }
@@ -106,41 +108,6 @@ absl::Status RefusedStatus(const S3Request& request, const S3Reply& reply, Failu
   if (!reply.error.message.empty()) absl::StrAppend(&message, ": ", Printable(reply.error.message));
   if (reply.attempts > 1) absl::StrAppend(&message, " (", reply.attempts, " attempts)");
   return absl::Status(CodeOf(reply, failure), message);
-}
-
-// That the answer is the range that was asked for, of the version that was asked for.
-absl::Status CheckRange(const S3Request& request, const HttpResponse& response) {
-  const int64_t size = static_cast<int64_t>(request.into.size());
-  const absl::string_view etag = response.Header("etag");
-  if (!request.if_match.empty() && !etag.empty() && BareEtag(etag) != request.if_match) {
-    return absl::FailedPreconditionError("changed while it was being read");
-  }
-  if (response.status == 200) {
-    int64_t length = -1;
-    if (request.offset == 0 && absl::SimpleAtoi(response.Header("content-length"), &length) &&
-        length == size) {
-      return absl::OkStatus();
-    }
-    return absl::DataLossError("the store does not do ranged reads: it sent the whole object");
-  }
-  absl::string_view range = response.Header("content-range");
-  int64_t first = -1, last = -1;
-  const bool bytes = absl::ConsumePrefix(&range, "bytes ");
-  const size_t dash = range.find('-'), slash = range.find('/');
-  if (!bytes || dash == absl::string_view::npos || slash == absl::string_view::npos ||
-      slash < dash || !absl::SimpleAtoi(range.substr(0, dash), &first) ||
-      !absl::SimpleAtoi(range.substr(dash + 1, slash - dash - 1), &last) ||
-      first != request.offset || last >= request.offset + size) {
-    return absl::DataLossError(absl::StrCat("the store sent another range than bytes ",
-                                            request.offset, "-", request.offset + size - 1, ": \"",
-                                            Printable(response.Header("content-range")), "\""));
-  }
-  if (last < request.offset + size - 1) {
-    return absl::DataLossError(absl::StrCat("ends too early: ", size, " bytes at offset ",
-                                            request.offset, " are needed, only ",
-                                            last - request.offset + 1, " are there"));
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace
@@ -250,8 +217,8 @@ absl::Status S3Client::SendOnce(const S3Request& request, const AwsCredentials& 
     if (!absl::StartsWith(header.first, "x-amz-")) http.headers.push_back(header);
   }
   if (!request.into.empty()) {
-    http.headers.emplace_back("Range", absl::StrCat("bytes=", request.offset, "-",
-                                                    request.offset + request.into.size() - 1));
+    http.headers.emplace_back(
+        "Range", RangeHeader(request.offset, static_cast<int64_t>(request.into.size())));
     if (!request.if_match.empty()) {
       http.headers.emplace_back("If-Match", absl::StrCat("\"", request.if_match, "\""));
     }
@@ -262,7 +229,13 @@ absl::Status S3Client::SendOnce(const S3Request& request, const AwsCredentials& 
   reply.error = may_be_error ? ParseS3Error(reply.http.body) : S3Error{};
   if (!request.into.empty() && reply.http.status / 100 == 2) {
     // Before `sent`: of a wrong range not even its beginning may be used.
-    if (absl::Status right = CheckRange(request, reply.http); !right.ok()) {
+    absl::Status right =
+        CheckRange(request.offset, static_cast<int64_t>(request.into.size()), reply.http);
+    const absl::string_view etag = reply.http.Header("etag");
+    if (!request.if_match.empty() && !etag.empty() && BareEtag(etag) != request.if_match) {
+      right = absl::FailedPreconditionError("changed while it was being read");
+    }
+    if (!right.ok()) {
       reply.http.received = 0;
       return right;
     }

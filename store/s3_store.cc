@@ -19,14 +19,15 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "store/object_key.h"
+#include "store/read_ahead.h"
 
 namespace pewter {
 namespace {
 
 // Larger reads are split: one connection seldom fills a link.
 constexpr int64_t kSplitBytes = int64_t{8} << 20;
-// Parts of one writer that are full or under way.
-constexpr int kPartsInFlight = 4;
+// Parts of one writer that are under way while the next one is filled.
+constexpr int kMostPartsInFlight = 4;
 constexpr int64_t kMostNewBytes = int64_t{256} << 20;
 constexpr char kMark[] = "x-amz-meta-pewter-write";
 
@@ -49,6 +50,27 @@ absl::StatusOr<ObjectStat> StatOf(const HttpResponse& response) {
     return absl::DataLossError("the store does not say how large the object is");
   }
   return stat;
+}
+
+// Fills `into` from `offset` on, of that version of the object when one is given. Its ETag.
+absl::StatusOr<std::string> ReadRange(S3Client& client, S3Request request,
+                                      const std::string& version, int64_t offset,
+                                      absl::Span<std::byte> into) {
+  const std::string name = absl::StrCat("s3://", request.bucket, "/", request.key);
+  request.into = into;
+  request.offset = offset;
+  request.if_match = version;
+  S3Reply reply;
+  const absl::Status status = client.Send(std::move(request), reply);
+  if (reply.http.status == 412 || (!version.empty() && reply.http.status == 404)) {
+    return absl::FailedPreconditionError(absl::StrCat(name, " changed while it was being read"));
+  }
+  if (reply.http.status == 416) {
+    return absl::DataLossError(absl::StrCat(name, " ends too early: ", into.size(),
+                                            " bytes at offset ", offset, " are needed"));
+  }
+  RETURN_IF_ERROR(status);
+  return BareEtag(reply.http.Header("etag"));
 }
 
 }  // namespace
@@ -83,11 +105,12 @@ class S3Store::Versions {
 class S3Store::Writer final : public ObjectWriter {
  public:
   Writer(std::shared_ptr<S3Client> client, S3Request object, std::string key,
-         std::shared_ptr<Versions> versions)
+         std::shared_ptr<Versions> versions, int parts_in_flight)
       : client_(std::move(client)),
         object_(std::move(object)),
         key_(std::move(key)),
-        versions_(std::move(versions)) {}
+        versions_(std::move(versions)),
+        parts_in_flight_(parts_in_flight) {}
 
   ~Writer() override {
     WaitForParts(0);
@@ -161,6 +184,7 @@ class S3Store::Writer final : public ObjectWriter {
   // Best effort: what is left costs space, not correctness.
   void AbortEarlierUploads() {
     S3Request list = object_;
+    list.method = "GET";
     list.key.clear();
     list.query = {{"uploads", ""}, {"prefix", object_.key}};
     S3Reply reply;
@@ -185,7 +209,7 @@ class S3Store::Writer final : public ObjectWriter {
           absl::StrCat(Name(), " is larger than ", FormatBytes(kMostParts * kPartBytes),
                        ", the most that one object takes; choose a smaller output.shard_size"));
     }
-    WaitForParts(kPartsInFlight - 1);
+    WaitForParts(parts_in_flight_ - 1);
     std::vector<std::byte> next;
     {
       std::lock_guard lock(mutex_);
@@ -275,6 +299,7 @@ class S3Store::Writer final : public ObjectWriter {
   const S3Request object_;
   const std::string key_;
   const std::shared_ptr<Versions> versions_;
+  const int parts_in_flight_;
   const std::string mark_ = NewMark();
   absl::Status failure_;  // of the first failure: a damaged object is never committed
   std::vector<std::byte> filling_;
@@ -375,8 +400,7 @@ absl::StatusOr<S3Store::Place> S3Store::Parse(absl::string_view uri) {
   return place;
 }
 
-absl::StatusOr<std::shared_ptr<ObjectStore>> S3Store::Open(absl::string_view uri) {
-  ASSIGN_OR_RETURN(Place place, Parse(uri));
+absl::StatusOr<std::shared_ptr<S3Client>> S3Store::Client() {
   ASSIGN_OR_RETURN(S3Options options, S3OptionsFrom(ProcessEnvironment()));
   // What the environment says may change between calls, in tests at least.
   const std::string identity = absl::StrCat(
@@ -391,14 +415,26 @@ absl::StatusOr<std::shared_ptr<ObjectStore>> S3Store::Open(absl::string_view uri
     client = std::make_shared<S3Client>(std::move(options));
     shared = client;
   }
+  return client;
+}
+
+absl::StatusOr<std::shared_ptr<ObjectStore>> S3Store::Open(absl::string_view uri) {
+  ASSIGN_OR_RETURN(Place place, Parse(uri));
+  ASSIGN_OR_RETURN(std::shared_ptr<S3Client> client, Client());
   return std::make_shared<S3Store>(std::move(client), std::move(place));
 }
 
 S3Store::S3Store(std::shared_ptr<S3Client> client, Place place)
     : client_(std::move(client)),
       place_(std::move(place)),
-      versions_(std::make_shared<Versions>()) {}
+      versions_(std::make_shared<Versions>()),
+      parts_in_flight_(kMostPartsInFlight) {}
 S3Store::~S3Store() = default;
+
+void S3Store::LimitWriters(int64_t bytes) {
+  parts_in_flight_ =
+      static_cast<int>(std::clamp<int64_t>(bytes / kPartBytes - 1, 1, kMostPartsInFlight));
+}
 
 std::string S3Store::Describe(absl::string_view key) const {
   return absl::StrCat("s3://", place_.bucket, "/", place_.prefix, key);
@@ -428,26 +464,17 @@ absl::Status S3Store::ReadInto(absl::string_view key, int64_t offset, absl::Span
   if (out.empty()) return absl::OkStatus();
   const std::string version = versions_->Get(key);
   const auto read = [&](int64_t at, absl::Span<std::byte> into) -> absl::Status {
-    S3Request request = Request("GET", key);
-    request.into = into;
-    request.offset = at;
-    request.if_match = version;
-    S3Reply reply;
-    const absl::Status status = client_->Send(std::move(request), reply);
-    if (reply.http.status == 412 || (!version.empty() && reply.http.status == 404)) {
-      return absl::FailedPreconditionError(
-          absl::StrCat(Describe(key), " changed while it was being read"));
-    }
-    if (reply.http.status == 416) {
-      return absl::DataLossError(absl::StrCat(Describe(key), " ends too early: ", into.size(),
-                                              " bytes at offset ", at, " are needed"));
-    }
-    RETURN_IF_ERROR(status);
-    if (version.empty()) versions_->SetFirst(key, BareEtag(reply.http.Header("etag")));
+    ASSIGN_OR_RETURN(const std::string etag,
+                     ReadRange(*client_, Request("GET", key), version, at, into));
+    if (version.empty()) versions_->SetFirst(key, etag);
     return absl::OkStatus();
   };
   const int64_t size = static_cast<int64_t>(out.size());
-  if (size <= kSplitBytes) return read(offset, out);
+  if (size <= kSplitBytes) {
+    ASSIGN_OR_RETURN(const bool announced,
+                     ReadAhead::Shared().Read(VersionName(key, version), offset, out));
+    return announced ? absl::OkStatus() : read(offset, out);
+  }
   const int pieces = static_cast<int>((size + kSplitBytes - 1) / kSplitBytes);
   std::vector<absl::Status> statuses(pieces);
   absl::BlockingCounter left(pieces);
@@ -461,6 +488,21 @@ absl::Status S3Store::ReadInto(absl::string_view key, int64_t offset, absl::Span
   left.Wait();
   for (absl::Status& status : statuses) RETURN_IF_ERROR(status);
   return absl::OkStatus();
+}
+
+std::string S3Store::VersionName(absl::string_view key, absl::string_view version) const {
+  return absl::StrCat(client_->options().endpoint, " ", Describe(key), " ", version);
+}
+
+std::shared_ptr<void> S3Store::WillRead(absl::string_view key, int64_t offset, int64_t bytes) {
+  const std::string version = versions_->Get(key);
+  if (version.empty()) return nullptr;
+  return ReadAhead::Shared().Announce(
+      VersionName(key, version), offset, bytes,
+      [client = client_, request = Request("GET", key), version](int64_t at,
+                                                                 absl::Span<std::byte> into) {
+        return ReadRange(*client, request, version, at, into).status();
+      });
 }
 
 absl::StatusOr<std::vector<ObjectEntry>> S3Store::List(absl::string_view prefix) {
@@ -507,7 +549,8 @@ absl::Status S3Store::Remove(absl::string_view key) {
 
 absl::StatusOr<std::unique_ptr<ObjectWriter>> S3Store::Create(absl::string_view key) {
   RETURN_IF_ERROR(ValidateKey(key));
-  return std::make_unique<Writer>(client_, Request("PUT", key), std::string(key), versions_);
+  return std::make_unique<Writer>(client_, Request("PUT", key), std::string(key), versions_,
+                                  parts_in_flight_);
 }
 
 absl::StatusOr<std::unique_ptr<ObjectWriter>> S3Store::CreateNew(absl::string_view key) {

@@ -14,6 +14,7 @@
 // Errors are those of S3Client. Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -29,7 +30,9 @@ class S3Store final : public ObjectStore {
     std::string bucket, prefix;  // prefix: empty, or with '/' at its end
   };
   static absl::StatusOr<Place> Parse(absl::string_view uri);
-  // With the client that the process's environment describes; stores share it.
+  // The client that the process's environment describes; all who ask share it.
+  static absl::StatusOr<std::shared_ptr<S3Client>> Client();
+  // With that client.
   static absl::StatusOr<std::shared_ptr<ObjectStore>> Open(absl::string_view uri);
 
   S3Store(std::shared_ptr<S3Client> client, Place place);
@@ -37,10 +40,13 @@ class S3Store final : public ObjectStore {
 
   absl::StatusOr<ObjectStat> Stat(absl::string_view key) override;
   absl::Status ReadInto(absl::string_view key, int64_t offset, absl::Span<std::byte> out) override;
+  std::shared_ptr<void> WillRead(absl::string_view key, int64_t offset, int64_t bytes) override;
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
   absl::Status Remove(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
+  bool distant() const override { return true; }
+  void LimitWriters(int64_t bytes) override;
   std::string Describe(absl::string_view key) const override;
 
   // Aborts the uploads below the prefix that began before `before`. Their number.
@@ -55,10 +61,13 @@ class S3Store final : public ObjectStore {
   class NewWriter;
 
   S3Request Request(absl::string_view method, absl::string_view key) const;
+  // What the ranges of a version of an object are announced by.
+  std::string VersionName(absl::string_view key, absl::string_view version) const;
 
   const std::shared_ptr<S3Client> client_;
   const Place place_;
   const std::shared_ptr<Versions> versions_;  // writers may outlive the store
+  std::atomic<int> parts_in_flight_;          // of each writer
 };
 
 }  // namespace pewter

@@ -25,6 +25,7 @@ class CastView final : public TensorSource {
   const std::string& name() const override { return source_->name(); }
   int64_t resident_bytes() const override { return source_->resident_bytes(); }
   const LowRankUpdate* update() const override { return source_->update(); }
+  void WillRead(ReadIntents& intents) const override { source_->WillRead(intents); }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {

@@ -16,6 +16,7 @@
 #include "merge/checkpoint/shard_index.h"
 #include "merge/checkpoint/stored_source.h"
 #include "store/hub_cache_store.h"
+#include "store/hub_store.h"
 
 namespace pewter {
 namespace {
@@ -59,7 +60,16 @@ absl::StatusOr<Location> LocateFile(const std::string& path) {
   return Location{.store = std::move(store), .file = file.filename().string()};
 }
 
-// An existing local path, file://, hf://, or a hub id.
+// s3:// has no folders: what ends like a file of tensors is one.
+absl::StatusOr<Location> LocateObject(const std::string& uri) {
+  const size_t name_at = uri.rfind('/') + 1;
+  const bool is_file = IsTensorFile(uri);
+  ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store,
+                   OpenStore(is_file ? uri.substr(0, name_at) : uri));
+  return Location{.store = std::move(store), .file = is_file ? uri.substr(name_at) : ""};
+}
+
+// An existing local path, file://, s3://, hf://, or a hub id.
 absl::StatusOr<Location> Locate(const std::string& path, const std::string& revision) {
   if (path.empty()) return absl::InvalidArgumentError("empty model path");
   absl::string_view hub_id = path;
@@ -69,11 +79,15 @@ absl::StatusOr<Location> Locate(const std::string& path, const std::string& revi
       return absl::InvalidArgumentError(
           absl::StrCat(path, " has a revision; a second one (", revision, ") cannot be given"));
     }
-    ASSIGN_OR_RETURN(
-        std::shared_ptr<ObjectStore> store,
-        HubCacheStore::Open(hub_id.substr(0, at),
-                            at == absl::string_view::npos ? revision : hub_id.substr(at + 1)));
+    ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store,
+                     OpenHub(hub_id.substr(0, at),
+                             at == absl::string_view::npos ? revision : hub_id.substr(at + 1)));
     return Location{.store = std::move(store)};
+  }
+  if (absl::StartsWith(path, "s3://")) {
+    if (revision.empty()) return LocateObject(path);
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, " has no revisions (", revision, " was asked for)"));
   }
   absl::string_view local = path;
   const bool is_file_uri = absl::ConsumePrefix(&local, "file://");
@@ -87,7 +101,7 @@ absl::StatusOr<Location> Locate(const std::string& path, const std::string& revi
   if (!absl::IsNotFound(found.status()) || is_file_uri || !HubCacheStore::IsModelId(path)) {
     return found;
   }
-  absl::StatusOr<std::shared_ptr<ObjectStore>> snapshot = HubCacheStore::Open(path, revision);
+  absl::StatusOr<std::shared_ptr<ObjectStore>> snapshot = OpenHub(path, revision);
   if (absl::IsNotFound(snapshot.status())) {
     return absl::NotFoundError(
         absl::StrCat("no local path ", path, ", and ", snapshot.status().message()));

@@ -132,6 +132,7 @@ class BiasView final : public TensorSource {
   const Shape& shape() const override { return stored_->shape(); }
   const std::string& name() const override { return stored_->name(); }
   int64_t resident_bytes() const override { return stored_->resident_bytes(); }
+  void WillRead(ReadIntents& intents) const override { stored_->WillRead(intents); }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {
@@ -252,6 +253,7 @@ class LoraAdapter::View final : public TensorSource {
            LowRankProduct::Bytes(shape()[0], low_rank_.rank, Columns(shape()));
   }
   const LowRankUpdate* update() const override { return whole_ ? &update_ : nullptr; }
+  void WillRead(ReadIntents& intents) const override { stored_->WillRead(intents); }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {

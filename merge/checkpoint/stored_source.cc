@@ -54,4 +54,12 @@ absl::Status StoredSource::Read(int64_t first, int64_t count, absl::Span<std::by
       });
 }
 
+void StoredSource::WillRead(ReadIntents& intents) const {
+  // Strides jump about.
+  if (!info_.strides.empty()) return;
+  if (auto intent = store_->WillRead(key_, info_.offset, info_.bytes)) {
+    intents.push_back(std::move(intent));
+  }
+}
+
 }  // namespace pewter

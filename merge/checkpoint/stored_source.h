@@ -26,6 +26,7 @@ class StoredSource final : public TensorSource {
   const std::string& name() const override { return name_; }
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override;
+  void WillRead(ReadIntents& intents) const override;
 
  private:
   const std::shared_ptr<ObjectStore> store_;

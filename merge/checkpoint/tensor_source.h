@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
@@ -37,6 +38,9 @@ struct LowRankUpdate {
   bool transposed = false;
 };
 
+// What ObjectStore::WillRead has given.
+using ReadIntents = std::vector<std::shared_ptr<void>>;
+
 class TensorSource {
  public:
   virtual ~TensorSource() = default;
@@ -48,6 +52,9 @@ class TensorSource {
   // bytes). `observer` may be null.
   virtual absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                             ReadObserver* observer) const = 0;
+  // A hint: all of it will be read soon. As long as what is added to `intents` lives, and the
+  // source with it, a distant store fetches ahead.
+  virtual void WillRead(ReadIntents& intents) const {}
   // Host bytes that reading the view takes besides `out` and small scratch (LoRA factors). They are
   // shared by concurrent reads and freed soon after the last one.
   virtual int64_t resident_bytes() const { return 0; }

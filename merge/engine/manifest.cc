@@ -160,6 +160,16 @@ absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
   return *std::move(text);
 }
 
+absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store) {
+  ASSIGN_OR_RETURN(const std::string text, ReadText(store, kManifestFile, kMaxOwnFile));
+  try {
+    return ordered_json::parse(text).at("fingerprint").get<std::string>();
+  } catch (const nlohmann::json::exception& error) {
+    return absl::DataLossError(
+        absl::StrCat(store.Describe(kManifestFile), " is damaged (", error.what(), ")"));
+  }
+}
+
 std::vector<std::string> FilesOfManifest(absl::string_view manifest_json) {
   const ordered_json manifest =
       ordered_json::parse(manifest_json.begin(), manifest_json.end(), nullptr, false);

@@ -52,6 +52,9 @@ absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view
 // there is no such model. DataLoss when a file is not as the manifest says.
 absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
                                                         absl::string_view fingerprint);
+// The plan's fingerprint in the manifest of `store`; NotFound when there is none, DataLoss when it
+// is damaged.
+absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store);
 // The names of the files that a manifest lists, its own the last.
 std::vector<std::string> FilesOfManifest(absl::string_view manifest_json);
 

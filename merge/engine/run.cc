@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -24,6 +25,7 @@
 #include "merge/engine/tile_scheduler.h"
 #include "merge/evaluate/evaluation.h"
 #include "merge/plan/sizing.h"
+#include "store/read_ahead.h"
 
 namespace pewter {
 namespace {
@@ -107,6 +109,44 @@ class ProgressMeter {
   int64_t rate_bytes_ = 0;
 };
 
+// Tells the stores of a plan's inputs what will be read next: tensors in the order of a walk over
+// them, some ahead of the one that is reached. Thread-safe.
+class ReadAnnouncer {
+ public:
+  // `tensors`: the walk; must outlive the announcer.
+  template <class Index>
+  ReadAnnouncer(const Plan& plan, const std::vector<Index>& tensors)
+      : count_(tensors.size()), tensor_([&plan, &tensors](size_t place) -> const PlanTensor& {
+          return plan.tensors[tensors[place]];
+        }) {}
+
+  void Reach(size_t place) {
+    std::lock_guard lock(mutex_);
+    for (; announced_ < std::min(count_, place + kAhead); ++announced_) {
+      const PlanTensor& tensor = tensor_(announced_);
+      ReadIntents& intents = intents_[announced_];
+      for (const PlanInput& input : tensor.inputs) input.source->WillRead(intents);
+      if (tensor.base) tensor.base->source->WillRead(intents);
+    }
+  }
+  void Leave(size_t place) {
+    ReadIntents done;  // goes after the lock
+    std::lock_guard lock(mutex_);
+    done.swap(intents_[place]);
+    intents_.erase(place);
+  }
+
+ private:
+  // Small tensors take a round trip each.
+  static constexpr size_t kAhead = 32;
+
+  const size_t count_;
+  const std::function<const PlanTensor&(size_t)> tensor_;
+  std::mutex mutex_;
+  size_t announced_ = 0;                   // guarded by mutex_
+  std::map<size_t, ReadIntents> intents_;  // by place; guarded by mutex_
+};
+
 class Run {
  public:
   Run(const Plan& plan, const RunOptions& options)
@@ -128,7 +168,9 @@ class Run {
   absl::Status Publish();
   absl::Status EvaluateOutput();
   absl::Status WriteAux(const std::string& name, absl::string_view text);
+  std::string StateJson() const;
   absl::Status SaveState();
+  absl::Status PublishManifest(const std::string& json);
 
   const Plan& plan_;
   const RunOptions& options_;
@@ -184,8 +226,13 @@ absl::Status Run::PrepareOutput() {
         options_.output, has_manifest ? " already holds a finished model" : " is not empty",
         "; choose another output or use --overwrite"));
   }
-  // Also shows, before any work, that the output can be written.
-  return SaveState();
+  // Also shows, before any work, that the output can be written, and that a manifest can be created
+  // in the end; of runs that begin together one gets the folder.
+  if (options_.mode == OutputMode::kResume && has_state) return SaveState();
+  const absl::Status begun = WriteNewText(*output_, kStateFile, StateJson());
+  if (!absl::IsAlreadyExists(begun)) return begun;
+  return absl::AlreadyExistsError(
+      absl::StrCat("another run has just begun to write to ", options_.output));
 }
 
 absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
@@ -222,10 +269,22 @@ absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
   return absl::OkStatus();
 }
 
-absl::Status Run::SaveState() {
-  if (!options_.hash_output)
-    return WriteText(*output_, kStateFile, RunState{state_.fingerprint, {}, {}}.ToJson());
-  return WriteText(*output_, kStateFile, state_.ToJson());
+std::string Run::StateJson() const {
+  return options_.hash_output ? state_.ToJson() : RunState{state_.fingerprint, {}, {}}.ToJson();
+}
+
+absl::Status Run::SaveState() { return WriteText(*output_, kStateFile, StateJson()); }
+
+absl::Status Run::PublishManifest(const std::string& json) {
+  const absl::Status published = WriteNewText(*output_, kManifestFile, json);
+  if (!absl::IsAlreadyExists(published)) return published;
+  // By a run of the same plan, whose bytes are the same: this one, before it was killed and
+  // resumed, or a second one.
+  auto theirs = FingerprintOfModel(*output_);
+  RETURN_IF_ERROR(theirs.status());
+  if (*theirs == plan_.fingerprint) return absl::OkStatus();
+  return absl::AlreadyExistsError(absl::StrCat("another run has published another model at ",
+                                               options_.output, " in the meantime"));
 }
 
 absl::Status Run::MergeShard(int index) {
@@ -241,6 +300,7 @@ absl::Status Run::MergeShard(int index) {
                           },
                       .failed = [this](const absl::Status& status) { scheduler_->Abort(status); }});
   TensorRun::Environment environment = EnvironmentOf(&writer);
+  ReadAnnouncer announcer(plan_, shard.tensors);
   size_t next = 0;
   std::mutex order_mutex;  // guards `next`; held while a task waits for memory, so that they come
                            // in order
@@ -256,8 +316,10 @@ absl::Status Run::MergeShard(int index) {
       const auto memory = task_memory_->Acquire(tensor.task == nullptr ? 0 : tensor.task->bytes());
       order.unlock();
       meter_.Current(tensor.name);
+      announcer.Reach(i);
       TensorRun run(tensor, shard.tensors[i], environment);
       const absl::Status merged = run.Run();
+      announcer.Leave(i);
       std::lock_guard lock(mutex);
       if (!merged.ok()) {
         if (status.ok()) status = merged;
@@ -330,6 +392,7 @@ absl::Status Run::MeasureTensors() {
   }
   const std::unique_ptr<Measure> measure = plan_.measure();
   while (!measure->done()) {
+    ReadAnnouncer announcer(plan_, measured);
     std::atomic<size_t> next{0};
     std::mutex mutex;
     absl::Status status;
@@ -338,8 +401,10 @@ absl::Status Run::MeasureTensors() {
         const PlanTensor& tensor = plan_.tensors[measured[i]];
         const auto memory =
             task_memory_->Acquire(tensor.task == nullptr ? 0 : tensor.task->bytes());
+        announcer.Reach(i);
         const absl::Status seen =
             TensorRun(tensor, static_cast<int64_t>(measured[i]), environment).Measure(*measure);
+        announcer.Leave(i);
         if (seen.ok()) continue;
         std::lock_guard lock(mutex);
         if (status.ok()) status = seen;
@@ -360,6 +425,9 @@ absl::Status Run::MeasureTensors() {
 
 absl::Status Run::MergeShards() {
   ASSIGN_OR_RETURN(sizing_, SizeRun(plan_));
+  if (sizing_.read_ahead_bytes > 0) ReadAhead::Shared().SetCapacity(sizing_.read_ahead_bytes);
+  // Of the eighth that lanes, windows and candidates leave.
+  output_->LimitWriters(plan_.options.memory_bytes / 8 / sizing_.open_shards);
   candidate_bytes_ = sizing_.candidate_bytes;
   task_memory_ = std::make_unique<MemoryBudget>(sizing_.task_bytes);
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
@@ -485,7 +553,7 @@ absl::StatusOr<Manifest> Run::Execute() {
                                 .seconds = manifest.seconds,
                                 .shards_reused = shards_reused_,
                                 .stage_manifests = stages});
-  RETURN_IF_ERROR(WriteText(*output_, kManifestFile, manifest.json));
+  RETURN_IF_ERROR(PublishManifest(manifest.json));
   RETURN_IF_ERROR(output_->Remove(kStateFile));
   RETURN_IF_ERROR(RemoveStages(plan_, stages, options_));
   meter_.Enter(Phase::kDone);

@@ -3,6 +3,7 @@
 #include <memory>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "merge/engine/manifest.h"
@@ -37,10 +38,16 @@ class StageObserver final : public Observer {
   const int stages_;
 };
 
-std::string StagesFolder(const RunOptions& options) {
+absl::StatusOr<std::string> StagesFolder(const RunOptions& options) {
   if (!options.stages.empty()) return options.stages;
   std::string output = options.output;
   while (output.size() > 1 && output.back() == '/') output.pop_back();
+  // Beside a bucket is another bucket.
+  if (absl::StartsWith(output, "s3://") && output.find('/', 5) == std::string::npos) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "there is no place for the recipe's stages beside ", output,
+        ", a whole bucket; name one with --intermediate-dir, or write to ", output, "/PREFIX"));
+  }
   return absl::StrCat(output, ".stages");
 }
 
@@ -68,11 +75,13 @@ absl::StatusOr<std::string> MergeStage(const PlanStage& stage, ObjectStore& fold
 absl::StatusOr<std::vector<std::string>> MergeStages(const Plan& plan, const RunOptions& options) {
   std::vector<std::string> manifests;
   const int stages = static_cast<int>(plan.stages.size()) + 1;
+  if (plan.stages.empty()) return manifests;
+  ASSIGN_OR_RETURN(const std::string stages_folder, StagesFolder(options));
   for (const PlanStage& stage : plan.stages) {
     StageObserver observer(options.observer, stage.name, static_cast<int>(manifests.size()) + 1,
                            stages);
     RunOptions own = options;
-    own.output = absl::StrCat(StagesFolder(options), "/", stage.name);
+    own.output = absl::StrCat(stages_folder, "/", stage.name);
     own.observer = &observer;
     ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> folder, OpenStore(own.output));
     auto manifest = MergeStage(stage, *folder, own);
@@ -89,9 +98,11 @@ void UnbindStages(const Plan& plan) {
 
 absl::Status RemoveStages(const Plan& plan, absl::Span<const std::string> manifests,
                           const RunOptions& options) {
-  if (options.keep_stages || !options.stages.empty()) return absl::OkStatus();
+  if (options.keep_stages || !options.stages.empty() || plan.stages.empty()) {
+    return absl::OkStatus();
+  }
   // Opened above the folder, so that it goes with its last file.
-  const std::string folder = StagesFolder(options);
+  ASSIGN_OR_RETURN(const std::string folder, StagesFolder(options));
   const size_t name_at = folder.rfind('/') + 1;  // npos + 1 == 0
   ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store,
                    OpenStore(name_at == 0 ? "." : folder.substr(0, name_at)));

@@ -37,6 +37,7 @@ class NoisyView final : public TensorSource {
   const Shape& shape() const override { return source_->shape(); }
   const std::string& name() const override { return source_->name(); }
   int64_t resident_bytes() const override { return source_->resident_bytes(); }
+  void WillRead(ReadIntents& intents) const override { source_->WillRead(intents); }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {

@@ -20,6 +20,8 @@ constexpr int kCudaLanes = 4;
 constexpr int kLanesPerOpenShard = 4;
 constexpr int64_t kLargestWindow = int64_t{64} << 20;
 constexpr int64_t kLeastWindowTiles = 4;
+// Of what is read from distant stores: enough for links of some gigabits.
+constexpr int64_t kMostReadAhead = int64_t{256} << 20;
 // Of the largest tensors there are seldom more at a time.
 constexpr int64_t kLargestInFlight = 2;
 
@@ -102,7 +104,12 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   }
   // Half of what is left for lanes, a quarter for windows, an eighth for candidates (without them
   // thresholds take more passes), the rest for what the process needs besides.
-  const int64_t free = options.memory_bytes - resident - largest_task;
+  int64_t free = options.memory_bytes - resident - largest_task;
+  if (std::any_of(plan.files.begin(), plan.files.end(),
+                  [](const InputFile& file) { return file.store->distant(); })) {
+    sizing.read_ahead_bytes = std::min(free / 4, kMostReadAhead);
+    free -= sizing.read_ahead_bytes;
+  }
   const int64_t wanted = device.cuda ? std::max(kCudaLanes, options.threads) : options.threads;
   sizing.lanes = static_cast<int>(std::clamp<int64_t>(free / 2 / lane_bytes, 1, wanted));
   sizing.open_shards = std::clamp(sizing.lanes / kLanesPerOpenShard, 1,
@@ -112,11 +119,13 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
                                    std::max(kLargestWindow, least_window));
   sizing.candidate_bytes = std::min(free / 8, kLargestInFlight * candidates);
   sizing.peak_bytes = resident + sizing.lanes * lane_bytes +
-                      sizing.open_shards * sizing.window_bytes + sizing.candidate_bytes;
+                      sizing.open_shards * sizing.window_bytes + sizing.candidate_bytes +
+                      sizing.read_ahead_bytes;
   // As many of the largest task as lanes can run, if what is left is enough.
-  sizing.task_bytes =
-      std::min(sizing.lanes * largest_task,
-               largest_task + std::max<int64_t>(0, free - (sizing.peak_bytes - resident)));
+  sizing.task_bytes = std::min(
+      sizing.lanes * largest_task,
+      largest_task +
+          std::max<int64_t>(0, free + sizing.read_ahead_bytes - (sizing.peak_bytes - resident)));
   sizing.peak_bytes += sizing.task_bytes;
   return sizing;
 }

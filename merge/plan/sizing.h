@@ -14,10 +14,11 @@ struct Sizing {
       0;  // a multiple of kernels::kReduceBlock; never depends on memory or threads
   int lanes = 1;
   int open_shards = 1;
-  int64_t window_bytes = 0;     // finished tiles of one shard that wait to be written
-  int64_t candidate_bytes = 0;  // elements near a threshold, of all tensors in flight
-  int64_t task_bytes = 0;       // of all tasks at a time
-  int64_t peak_bytes = 0;       // anonymous memory of all that
+  int64_t window_bytes = 0;      // finished tiles of one shard that wait to be written
+  int64_t candidate_bytes = 0;   // elements near a threshold, of all tensors in flight
+  int64_t task_bytes = 0;        // of all tasks at a time
+  int64_t read_ahead_bytes = 0;  // of inputs in distant stores; 0: there are none
+  int64_t peak_bytes = 0;        // anonymous memory of all that
 };
 
 // Fits lanes and windows into plan.options.memory_bytes (resolved, with device and threads).

@@ -120,6 +120,11 @@ absl::Status StageStore::ReadInto(absl::string_view key, int64_t offset,
   return ReadCopied(shard, offset, out);
 }
 
+std::shared_ptr<void> StageStore::WillRead(absl::string_view key, int64_t offset, int64_t bytes) {
+  const std::shared_ptr<ObjectStore> merged = folder();
+  return merged == nullptr ? nullptr : merged->WillRead(key, offset, bytes);
+}
+
 absl::Status StageStore::ReadCopied(const PlanShard& shard, int64_t offset,
                                     absl::Span<std::byte> out) const {
   for (int index : shard.tensors) {

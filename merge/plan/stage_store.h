@@ -31,6 +31,7 @@ class StageStore final : public ObjectStore {
   // FailedPrecondition when a shard of the bound folder has changed since Bind.
   absl::StatusOr<ObjectStat> Stat(absl::string_view key) override;
   absl::Status ReadInto(absl::string_view key, int64_t offset, absl::Span<std::byte> out) override;
+  std::shared_ptr<void> WillRead(absl::string_view key, int64_t offset, int64_t bytes) override;
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
   absl::Status Remove(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;

@@ -71,6 +71,7 @@ class AlignedSource final : public TensorSource {
     if (approximator_ != nullptr) bytes += approximator_->resident_bytes();
     return bytes + sources_[self_]->resident_bytes();
   }
+  void WillRead(ReadIntents& intents) const override { sources_[self_]->WillRead(intents); }
 
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {
@@ -191,6 +192,7 @@ class FirstRowsSource final : public TensorSource {
   const Shape& shape() const override { return shape_; }
   const std::string& name() const override { return source_->name(); }
   int64_t resident_bytes() const override { return source_->resident_bytes(); }
+  void WillRead(ReadIntents& intents) const override { source_->WillRead(intents); }
   absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
                     ReadObserver* observer) const override {
     RETURN_IF_ERROR(CheckReadRange(*this, first, count, out.size()));

@@ -33,7 +33,7 @@ struct TextPosition {
 // PATH[@REVISION][+ADAPTER[@REVISION]], or the mapping form.
 struct ModelRef {
   std::string
-      path;  // local path, file://, hf://, or a hub id that is looked up in the local hub cache
+      path;  // local path, file://, s3://, hf://, or a hub id that is looked up in the local hub cache
   std::string revision;
   std::string adapter;  // LoRA; empty for none
   std::string adapter_revision;

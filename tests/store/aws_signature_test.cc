@@ -27,10 +27,11 @@ std::string SignS3(AwsRequest request) {
   request.headers.emplace_back("Host", "examplebucket.s3.amazonaws.com");
   request.headers.emplace_back("x-amz-date", "20130524T000000Z");
   request.headers.emplace_back("x-amz-content-sha256", request.payload_hash);
-  return AwsAuthorization(request,
-                          {.access_key = "AKIAIOSFODNN7EXAMPLE",
-                           .secret_key = Secret("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")},
-                          {.region = "us-east-1", .service = "s3", .time = At("2013-05-24T00:00:00Z")});
+  return AwsAuthorization(
+      request,
+      {.access_key = "AKIAIOSFODNN7EXAMPLE",
+       .secret_key = Secret("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")},
+      {.region = "us-east-1", .service = "s3", .time = At("2013-05-24T00:00:00Z")});
 }
 
 // The test suite's.

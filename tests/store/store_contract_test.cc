@@ -1,9 +1,13 @@
 // The contract of ObjectStore on every store.
+#include <mutex>
+
 #include "store/file_store.h"
 #include "store/hub_cache_store.h"
+#include "store/hub_store.h"
 #include "store/s3_store.h"
 #include "tests/contract/object_store_contract.h"
 #include "tests/support/hub_cache.h"
+#include "tests/support/hub_server.h"
 #include "tests/support/s3_server.h"
 #include "tests/support/temp_folder.h"
 
@@ -49,6 +53,29 @@ class HubFixture final : public ObjectStoreFixture {
 std::unique_ptr<ObjectStoreFixture> MakeHub() { return std::make_unique<HubFixture>(); }
 
 INSTANTIATE_TEST_SUITE_P(HubCache, ObjectStoreReading, ::testing::Values(&MakeHub));
+
+class HubServerFixture final : public ObjectStoreFixture {
+ public:
+  ObjectStore& store() override {
+    // A store lists the files when it is opened.
+    std::call_once(opened_, [this] {
+      store_ = HubStore::Open({.endpoint = server_.url()}, "org/model", "main").value();
+    });
+    return *store_;
+  }
+  void Put(const std::string& key, const std::string& content) override {
+    server_.Put(key, content);
+  }
+
+ private:
+  HubServer server_;
+  std::once_flag opened_;
+  std::shared_ptr<ObjectStore> store_;
+};
+
+std::unique_ptr<ObjectStoreFixture> MakeHubServer() { return std::make_unique<HubServerFixture>(); }
+
+INSTANTIATE_TEST_SUITE_P(Hub, ObjectStoreReading, ::testing::Values(&MakeHubServer));
 
 // A prefix of its own in a bucket of all.
 class S3Fixture final : public ObjectStoreFixture {

@@ -43,6 +43,10 @@ bool ReadRequest(int connection, std::string& buffer, ServedRequest& request) {
   size_t end;
   while ((end = buffer.find("\r\n\r\n")) == std::string::npos) {
     if (!ReadMore(connection, buffer)) return false;
+    if (buffer[0] == '\x16') {  // a TLS handshake
+      WriteAll(connection, "HTTP/1.1 400 No TLS\r\n\r\n");
+      return false;
+    }
   }
   const std::vector<std::string> lines = absl::StrSplit(buffer.substr(0, end), "\r\n");
   const std::vector<std::string> words = absl::StrSplit(lines[0], ' ');
