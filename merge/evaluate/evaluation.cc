@@ -4,7 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
-#include "merge/evaluate/interpolation.h"
+#include "merge/forward/interpolation.h"
 
 namespace pewter {
 

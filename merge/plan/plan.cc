@@ -13,6 +13,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "kernels/backends.h"
+#include "merge/align/aligned_model.h"
 #include "merge/align/aligner.h"
 #include "merge/align/symmetry.h"
 #include "merge/evaluate/evaluation.h"
@@ -311,8 +312,19 @@ class Planner {
     return absl::OkStatus();
   }
 
-  // The first input with each of the others; a base is one of them when there is but one other.
+  // The reference with each model that is aligned to it, or the first input with each of the
+  // others; a base is one of them when there is but one other.
   absl::Status AddPairs(const ForwardModel& first, EvaluationPlan& evaluation) const {
+    for (const PlanAlignment& alignment : plan_.alignments) {
+      const auto& checkpoint = plan_.models[alignment.model].checkpoint;
+      ModelPair& pair = evaluation.pairs.emplace_back();
+      ASSIGN_OR_RETURN(pair.a, MakeForwardModel(plan_.models[alignment.reference].checkpoint));
+      ASSIGN_OR_RETURN(ForwardModel plain, MakeForwardModel(checkpoint));
+      ASSIGN_OR_RETURN(ForwardModel aligned,
+                       AlignedModel(alignment.symmetry, checkpoint, alignment.slot));
+      pair.views = {{"not aligned", std::move(plain)}, {"aligned", std::move(aligned)}};
+    }
+    if (!evaluation.pairs.empty()) return absl::OkStatus();
     for (int i = 1; i < input_models_; ++i) {
       const bool base = recipe_.base_model && i == ModelIndex(*recipe_.base_model);
       if (base && input_models_ > 2) continue;

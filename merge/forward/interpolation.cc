@@ -1,4 +1,4 @@
-#include "merge/evaluate/interpolation.h"
+#include "merge/forward/interpolation.h"
 
 #include <algorithm>
 #include <cstddef>
