@@ -11,14 +11,20 @@
 // singular value times the dimension. Signs are fixed: the entry of largest magnitude of an
 // eigenvector, and of a left singular vector, is positive (the first of several).
 //
+// A factorisation that does not converge is repeated by a routine that is slower and safer: on the
+// CPU dsyevd -> dsyev and dgesdd -> dgesvd. On a GPU whatever a factorisation gives is checked, on
+// two random vectors: finite, the residual, the orthogonality. What fails (libraries have given
+// wrong factors without an error) is repeated on the CPU. Either is told by TakeNotes.
+//
 // Order, threads and ownership are the Backend's. Errors: Internal for arguments that do not fit
 // together; FailedPrecondition for values that are not finite, for a matrix that is not positive
-// definite and where the library does not converge; ResourceExhausted when memory ran out or an
+// definite and where no routine converges; ResourceExhausted when memory ran out or an
 // extent is beyond kMaxExtent.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -90,12 +96,16 @@ class LinearAlgebra {
   // b = a^-1 b for a symmetric positive definite `a`, of which only the lower triangle is read. `a`
   // is destroyed.
   virtual absl::Status SolvePosDef(Matrix a, Matrix b) = 0;
+
+  // What was repeated by another routine since this was last asked: a sentence each.
+  virtual std::vector<std::string> TakeNotes() = 0;
 };
 
 // The best approximation of a given rank, as factors: a ~ left^T right. Row i of one factor has
 // norm 1 and is orthogonal to its others, row i of the other has about norm values[i].
 struct LowRankFactors {
-  std::vector<double> values;      // of a, largest first: all min(rows, columns) of them
+  // Singular values of a, largest first: all min(rows, columns) of them, or the leading `rank`.
+  std::vector<double> values;
   std::unique_ptr<Buffer> memory;  // holds the factors
   Matrix left;                     // [rank, rows]; orthonormal rows where rows <= columns
   Matrix right;                    // [rank, columns]; orthonormal rows where not
@@ -105,7 +115,12 @@ struct LowRankFactors {
 // it is `a` to rounding at full rank, and of lower ranks as near as an SVD's product but for values
 // below 1e-8 of the largest, which are noise.
 absl::StatusOr<LowRankFactors> FactorLowRank(Backend& backend, const ConstMatrix& a, int64_t rank);
-// Bytes of the backend's memory that FactorLowRank takes at most, besides `a`, on one thread.
+// The same factors where few of many directions are asked for, without the other values: of the
+// space that `a` makes of random vectors, refined twice (a randomised range finder). They are taken
+// only if each is a singular vector to rounding: of matrices whose rank is about as low as `rank`,
+// say of adapters' products, at a cost that goes with the rank. Else by FactorLowRank.
+absl::StatusOr<LowRankFactors> FactorLeading(Backend& backend, const ConstMatrix& a, int64_t rank);
+// Bytes of the backend's memory that either takes at most, besides `a`, on one thread.
 int64_t FactorLowRankBytes(int64_t rows, int64_t columns, int64_t rank);
 
 }  // namespace pewter::kernels

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -123,24 +124,44 @@ void FixSigns(const Matrix& vectors, bool by_column, const Matrix* partners) {
 lapack_int Int(int64_t value) { return static_cast<lapack_int>(value); }
 lapack_int Stride(const Matrix& m) { return Int(std::max<int64_t>(m.stride, 1)); }
 
-absl::Status Eigen(const LinearAlgebra::EigenProblem& problem) {
+// Runs both routines of a factorisation in turn: `restore` gives the second what the first has
+// destroyed.
+template <class Factor, class Restore>
+absl::Status FactorSafely(absl::string_view what, const Factor& factor, const Restore& restore,
+                          std::string& note) {
+  const int info = factor(Factorisations::Routine::kFast);
+  if (info == 0) return absl::OkStatus();
+  restore();
+  const int again = factor(Factorisations::Routine::kSafe);
+  if (again != 0) return NotConverged(what, again);
+  note = absl::StrCat("a ", what, " did not converge (", info,
+                      ") and was repeated by a slower routine, which did");
+  return absl::OkStatus();
+}
+
+absl::Status Eigen(const Factorisations& factorisations, const LinearAlgebra::EigenProblem& problem,
+                   std::string& note) {
   const Matrix& a = problem.a;
   const int64_t n = a.rows;
   problem.values->assign(n, 0);
   if (n == 0) return absl::OkStatus();
-  // The lower triangle of the rows is the upper one of LAPACK's columns. The other may hold
-  // anything, so only this is looked at.
-  for (int64_t i = 0; i < n; ++i)
-    RETURN_IF_ERROR(CheckFinite({a.data + i * a.stride, 1, i + 1, n}));
-  const lapack_int order = Int(n), stride = Stride(a);
-  const lapack_int work_size = Int(1 + 6 * n + 2 * n * n), int_work_size = Int(3 + 5 * n);
-  std::vector<double> work(work_size);
-  std::vector<lapack_int> int_work(int_work_size);
-  lapack_int info = 0;
-  const LibraryCall call;
-  LAPACK_dsyevd("V", "U", &order, a.data, &stride, problem.values->data(), work.data(), &work_size,
-                int_work.data(), &int_work_size, &info);
-  if (info != 0) return NotConverged("eigenvalue iteration", info);
+  // The lower triangle may be all that is set, so only this is looked at.
+  std::vector<double> kept;
+  kept.reserve(n * (n + 1) / 2);
+  for (int64_t i = 0; i < n; ++i) {
+    double* const row = a.data + i * a.stride;
+    RETURN_IF_ERROR(CheckFinite({row, 1, i + 1, n}));
+    kept.insert(kept.end(), row, row + i + 1);
+  }
+  const auto restore = [&] {
+    auto from = kept.begin();
+    for (int64_t i = 0; i < n; from += ++i) std::copy_n(from, i + 1, a.data + i * a.stride);
+  };
+  const auto factor = [&](Factorisations::Routine routine) {
+    return factorisations.Eigen(routine, a, problem.values->data());
+  };
+  RETURN_IF_ERROR(
+      FactorSafely(absl::StrCat("eigenvalue iteration of order ", n), factor, restore, note));
   std::reverse(problem.values->begin(), problem.values->end());
   for (int64_t i = 0; i < n / 2; ++i) {
     double* const row = a.data + i * a.stride;
@@ -150,29 +171,29 @@ absl::Status Eigen(const LinearAlgebra::EigenProblem& problem) {
   return absl::OkStatus();
 }
 
-absl::Status SvdOf(const LinearAlgebra::SvdProblem& problem) {
+absl::Status SvdOf(const Factorisations& factorisations, const LinearAlgebra::SvdProblem& problem,
+                   std::string& note) {
   const Matrix& a = problem.a;
   const int64_t k = std::min(a.rows, a.columns);
   problem.values->assign(k, 0);
   if (k == 0) return absl::OkStatus();
   RETURN_IF_ERROR(CheckFinite(a));
-  // a^T = V S U^T: LAPACK's left vectors are the columns of vt^T, its right ones the rows of u^T.
-  const lapack_int rows = Int(a.columns), columns = Int(a.rows);
-  const lapack_int a_stride = Stride(a), u_stride = Stride(problem.u),
-                   vt_stride = Stride(problem.vt);
-  std::vector<lapack_int> int_work(8 * k);
-  lapack_int info = 0, work_size = -1;
-  double wanted = 0;
-  const auto call = [&](double* work) {
-    LAPACK_dgesdd("S", &rows, &columns, a.data, &a_stride, problem.values->data(), problem.vt.data,
-                  &vt_stride, problem.u.data, &u_stride, work, &work_size, int_work.data(), &info);
+  std::vector<double> kept;
+  kept.reserve(a.rows * a.columns);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    kept.insert(kept.end(), a.data + i * a.stride, a.data + i * a.stride + a.columns);
+  }
+  const auto restore = [&] {
+    for (int64_t i = 0; i < a.rows; ++i) {
+      std::copy_n(kept.begin() + i * a.columns, a.columns, a.data + i * a.stride);
+    }
   };
-  const LibraryCall turn;
-  call(&wanted);
-  work_size = static_cast<lapack_int>(wanted);
-  std::vector<double> work(work_size);
-  call(work.data());
-  if (info != 0) return NotConverged("singular value iteration", info);
+  const auto factor = [&](Factorisations::Routine routine) {
+    return factorisations.Svd(routine, a, problem.u, problem.vt, problem.values->data());
+  };
+  RETURN_IF_ERROR(
+      FactorSafely(absl::StrCat("singular value iteration of ", a.rows, " x ", a.columns), factor,
+                   restore, note));
   FixSigns(problem.u, /*by_column=*/true, &problem.vt);
   return absl::OkStatus();
 }
@@ -188,9 +209,12 @@ absl::Status ForEach(ThreadPool& pool, int64_t count, const F& fn) {
 
 class CpuLinearAlgebra : public LinearAlgebra {
  public:
-  explicit CpuLinearAlgebra(ThreadPool& pool) : pool_(pool), scratch_(pool.threads()) {
+  CpuLinearAlgebra(ThreadPool& pool, std::unique_ptr<const Factorisations> factorisations)
+      : pool_(pool), factorisations_(std::move(factorisations)), scratch_(pool.threads()) {
     UseOneThread();
   }
+
+  std::vector<std::string> TakeNotes() override { return std::exchange(notes_, {}); }
 
   absl::Status Gemm(Transpose transpose_a, const ConstMatrix& a, Transpose transpose_b,
                     const ConstMatrix& b, double alpha, double beta, Matrix c) override {
@@ -212,12 +236,22 @@ class CpuLinearAlgebra : public LinearAlgebra {
 
   absl::Status SymmetricEigen(absl::Span<const EigenProblem> problems) override {
     for (const EigenProblem& problem : problems) RETURN_IF_ERROR(CheckEigen(problem));
-    return ForEach(pool_, problems.size(), [&](int64_t i, int) { return Eigen(problems[i]); });
+    std::vector<std::string> notes(problems.size());
+    RETURN_IF_ERROR(ForEach(pool_, problems.size(), [&](int64_t i, int) {
+      return Eigen(*factorisations_, problems[i], notes[i]);
+    }));
+    Note(std::move(notes));
+    return absl::OkStatus();
   }
 
   absl::Status Svd(absl::Span<const SvdProblem> problems) override {
     for (const SvdProblem& problem : problems) RETURN_IF_ERROR(CheckSvd(problem));
-    return ForEach(pool_, problems.size(), [&](int64_t i, int) { return SvdOf(problems[i]); });
+    std::vector<std::string> notes(problems.size());
+    RETURN_IF_ERROR(ForEach(pool_, problems.size(), [&](int64_t i, int) {
+      return SvdOf(*factorisations_, problems[i], notes[i]);
+    }));
+    Note(std::move(notes));
+    return absl::OkStatus();
   }
 
   absl::Status QrFactor(Matrix a, Matrix r) override {
@@ -268,6 +302,12 @@ class CpuLinearAlgebra : public LinearAlgebra {
   }
 
  private:
+  void Note(std::vector<std::string> notes) {
+    for (std::string& note : notes) {
+      if (!note.empty()) notes_.push_back(std::move(note));
+    }
+  }
+
   // `lower_only`: b is a, so that the result is symmetric, and only its lower triangle is set.
   void Multiply(bool transpose_a, const ConstMatrix& a, bool transpose_b, const ConstMatrix& b,
                 double alpha, double beta, const Matrix& c, bool lower_only) {
@@ -317,13 +357,61 @@ class CpuLinearAlgebra : public LinearAlgebra {
   };
 
   ThreadPool& pool_;
+  const std::unique_ptr<const Factorisations> factorisations_;
   std::vector<Scratch> scratch_;  // by thread
+  std::vector<std::string> notes_;
 };
 
 }  // namespace
 
-std::unique_ptr<LinearAlgebra> MakeLinearAlgebra(ThreadPool& pool) {
-  return std::make_unique<CpuLinearAlgebra>(pool);
+int Factorisations::Eigen(Routine routine, const Matrix& a, double* values) const {
+  // The lower triangle of the rows is the upper one of LAPACK's columns.
+  const lapack_int order = Int(a.rows), stride = Stride(a);
+  lapack_int info = 0;
+  const LibraryCall call;
+  if (routine == Routine::kSafe) {
+    const lapack_int work_size = 34 * order;
+    std::vector<double> work(work_size);
+    LAPACK_dsyev("V", "U", &order, a.data, &stride, values, work.data(), &work_size, &info);
+    return info;
+  }
+  const lapack_int work_size = Int(1 + 6 * a.rows + 2 * a.rows * a.rows),
+                   int_work_size = Int(3 + 5 * a.rows);
+  std::vector<double> work(work_size);
+  std::vector<lapack_int> int_work(int_work_size);
+  LAPACK_dsyevd("V", "U", &order, a.data, &stride, values, work.data(), &work_size, int_work.data(),
+                &int_work_size, &info);
+  return info;
+}
+
+int Factorisations::Svd(Routine routine, const Matrix& a, const Matrix& u, const Matrix& vt,
+                        double* values) const {
+  // a^T = V S U^T: LAPACK's left vectors are the columns of vt^T, its right ones the rows of u^T.
+  const lapack_int rows = Int(a.columns), columns = Int(a.rows);
+  const lapack_int a_stride = Stride(a), u_stride = Stride(u), vt_stride = Stride(vt);
+  std::vector<lapack_int> int_work(8 * std::min(a.rows, a.columns));
+  lapack_int info = 0, work_size = -1;
+  double wanted = 0;
+  const auto call = [&](double* work) {
+    if (routine == Routine::kSafe) {
+      LAPACK_dgesvd("S", "S", &rows, &columns, a.data, &a_stride, values, vt.data, &vt_stride,
+                    u.data, &u_stride, work, &work_size, &info);
+      return;
+    }
+    LAPACK_dgesdd("S", &rows, &columns, a.data, &a_stride, values, vt.data, &vt_stride, u.data,
+                  &u_stride, work, &work_size, int_work.data(), &info);
+  };
+  const LibraryCall turn;
+  call(&wanted);
+  work_size = static_cast<lapack_int>(wanted);
+  std::vector<double> work(work_size);
+  call(work.data());
+  return info;
+}
+
+std::unique_ptr<LinearAlgebra> MakeLinearAlgebra(
+    ThreadPool& pool, std::unique_ptr<const Factorisations> factorisations) {
+  return std::make_unique<CpuLinearAlgebra>(pool, std::move(factorisations));
 }
 
 }  // namespace pewter::kernels::cpu

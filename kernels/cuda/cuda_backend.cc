@@ -172,7 +172,7 @@ class CudaBackend : public Backend {
   absl::StatusOr<LinearAlgebra*> linear_algebra() override {
     if (linear_algebra_ == nullptr) {
       RETURN_IF_ERROR(Status(plugin_.open_linear_algebra(stream_), "dense linear algebra"));
-      linear_algebra_ = MakeLinearAlgebra(plugin_, stream_, name());
+      linear_algebra_ = MakeLinearAlgebra(plugin_, ordinal_, stream_, name());
     }
     return linear_algebra_.get();
   }

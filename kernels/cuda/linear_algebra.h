@@ -14,8 +14,9 @@ namespace pewter::kernels::cuda {
 // What a function of the plugin returned, in its own words.
 absl::Status ToStatus(const Plugin& plugin, int error, absl::string_view doing);
 
-// On a stream whose linear algebra is open; both must outlive it. `name` is for messages.
-std::unique_ptr<LinearAlgebra> MakeLinearAlgebra(const Plugin& plugin, Stream* stream,
+// On a stream of device `ordinal` whose linear algebra is open; plugin and stream must outlive it.
+// `name` is for messages.
+std::unique_ptr<LinearAlgebra> MakeLinearAlgebra(const Plugin& plugin, int ordinal, Stream* stream,
                                                  std::string name);
 
 }  // namespace pewter::kernels::cuda

@@ -50,7 +50,7 @@ class ExtractTask : public TensorTask {
     ASSIGN_OR_RETURN(const auto base,
                      context.Load(TaskContext::kBase, TaskContext::Where::kBackend));
     ASSIGN_OR_RETURN(const kernels::LowRankFactors factors,
-                     kernels::FactorLowRank(context.backend(),
+                     kernels::FactorLeading(context.backend(),
                                             Difference(tuned->data(), base->data(), shape_, dtype_),
                                             layout_.rank));
     ASSIGN_OR_RETURN(std::vector<double> left, Fetch(context.backend(), factors.left));

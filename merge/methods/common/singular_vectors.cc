@@ -77,8 +77,8 @@ absl::StatusOr<ThinSvd> SvdOf(kernels::Backend& backend, OwnMatrix a) {
 
 int64_t SvdBytes(MatrixShape shape) {
   const int64_t k = std::min(shape.rows, shape.columns);
-  // The matrix, its vectors, and what LAPACK works in.
-  return kWidth * (shape.rows * shape.columns + k * (shape.rows + shape.columns) + 6 * k * k +
+  // The matrix and a copy, its vectors, and what LAPACK works in.
+  return kWidth * (2 * shape.rows * shape.columns + k * (shape.rows + shape.columns) + 6 * k * k +
                    64 * (shape.rows + shape.columns));
 }
 

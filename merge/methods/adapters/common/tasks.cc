@@ -375,7 +375,7 @@ class DenseSvdTask final : public SvdTask {
     ASSIGN_OR_RETURN(const std::unique_ptr<Buffer> merged, Merge(context));
     ASSIGN_OR_RETURN(
         const kernels::LowRankFactors factors,
-        kernels::FactorLowRank(backend,
+        kernels::FactorLeading(backend,
                                {merged->data(), DType::kF32, module_.out, module_.in, module_.in},
                                module_.rank));
     ASSIGN_OR_RETURN(std::vector<double> left, Fetch(backend, factors.left));
