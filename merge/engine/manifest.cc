@@ -85,7 +85,8 @@ std::string RunState::ToJson() const {
     shard_list.push_back({{"index", index},
                           {"file", FileJson(shard.file)},
                           {"ranges", std::move(ranges)},
-                          {"warnings", shard.warnings}});
+                          {"warnings", shard.warnings},
+                          {"reports", shard.reports}});
   }
   ordered_json state = {{"fingerprint", fingerprint}, {"shards", std::move(shard_list)}};
   if (!artefacts.empty()) state["artefacts"] = artefacts;
@@ -108,6 +109,7 @@ absl::StatusOr<RunState> RunState::FromJson(absl::string_view text) {
         shard.ranges.push_back({range.at(0), range.at(1), range.at(2), range.at(3)});
       }
       shard.warnings = item.at("warnings").get<std::vector<std::string>>();
+      shard.reports = item.at("reports").get<std::map<std::string, TensorReport>>();
       state.shards[item.at("index").get<int>()] = std::move(shard);
     }
     return state;
@@ -243,6 +245,9 @@ std::string ManifestJson(const ManifestInput& input) {
       json["report"] = ordered_json::parse(found->report, nullptr, /*allow_exceptions=*/false);
     }
     manifest["alignments"].push_back(std::move(json));
+  }
+  for (const auto& [index, shard] : input.shards) {
+    for (const auto& [tensor, report] : shard.reports) manifest["report"][tensor] = report;
   }
   for (size_t i = 0; i < input.stage_manifests.size(); ++i) {
     ordered_json stage = {{"name", plan.stages[i].name}};

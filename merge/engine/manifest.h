@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "merge/engine/input_audit.h"
+#include "merge/methods/tensor_task.h"
 #include "merge/plan/plan.h"
 #include "store/object_store.h"
 
@@ -30,6 +31,7 @@ struct ShardRecord {
   OutputFile file;
   std::vector<ReadRange> ranges;
   std::vector<std::string> warnings;
+  std::map<std::string, TensorReport> reports = {};  // by tensor
 };
 
 // The state file: the plan's fingerprint, the finished shards, by shard number, and the digests of

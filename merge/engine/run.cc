@@ -327,6 +327,7 @@ absl::Status Run::MergeShard(int index) {
         return;
       }
       parts[i] = {.ranges = run.TakeRanges(), .warnings = run.warnings()};
+      if (!run.report().empty()) parts[i].reports[tensor.name] = run.report();
       meter_.Add(&Progress::tensors_done, 1);
     }
   };
@@ -348,6 +349,7 @@ absl::Status Run::MergeShard(int index) {
       record.warnings.push_back(std::move(warning));
     }
   }
+  for (auto& [place, part] : parts) record.reports.merge(part.reports);
   record.ranges = JoinRanges(std::move(record.ranges));
   std::lock_guard lock(mutex_);
   state_.shards[index] = std::move(record);
@@ -362,6 +364,7 @@ TensorRun::Environment Run::EnvironmentOf(ShardWriter* writer) {
           .tile_elements = sizing_.tile_elements,
           .seed = plan_.options.seed,
           .allow_nonfinite = options_.allow_nonfinite,
+          .report = plan_.report,
           .measured = measured_,
           .on_read = [this](int64_t bytes) { meter_.Add(&Progress::bytes_read, bytes); }};
 }

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "kernels/linear_algebra.h"
 #include "merge/engine/tensor_scan.h"
 
 namespace pewter {
@@ -35,19 +36,37 @@ class TensorRun::Task : public TaskContext {
  public:
   Task(TensorRun& run, Lane& lane) : run_(run), lane_(lane) {}
 
-  kernels::Backend& backend() override { return lane_.backend(); }
+  kernels::Backend& backend() override {
+    used_backend_ = true;
+    return lane_.backend();
+  }
   DType dtype(int operand) const override { return run_.source(operand).dtype(); }
   const Shape& shape(int operand) const override { return run_.source(operand).shape(); }
   absl::Span<const double> measured() const override { return run_.measured(); }
   int model(int input) const override { return run_.model(input); }
   PhiloxKey random_key(int input) const override { return run_.random_key(input); }
+  bool reports() const override { return run_.environment_.report; }
+  void Report(const std::string& name, std::vector<double> values) override {
+    run_.report_[name] = std::move(values);
+  }
+
+  // Makes warnings of what the backend's libraries did otherwise than usual.
+  void TakeNotes() {
+    if (!used_backend_) return;
+    const auto algebra = lane_.backend().linear_algebra();
+    if (!algebra.ok()) return;  // so nothing was done with it
+    for (const std::string& note : (*algebra)->TakeNotes()) {
+      run_.warnings_.push_back(absl::StrCat("tensor ", run_.tensor_.name, ": ", note));
+    }
+  }
 
   absl::StatusOr<std::unique_ptr<kernels::Buffer>> Load(int operand, Where where) override {
     const int64_t elements = shape(operand).elements(), width = ByteWidth(dtype(operand));
-    const bool direct = where == Where::kHost || backend().host_memory();
+    kernels::Backend& backend = lane_.backend();
+    const bool direct = where == Where::kHost || backend.host_memory();
     ASSIGN_OR_RETURN(
         std::unique_ptr<kernels::Buffer> buffer,
-        direct ? backend().AllocateHost(elements * width) : backend().Allocate(elements * width));
+        direct ? backend.AllocateHost(elements * width) : backend.Allocate(elements * width));
     auto* const to = static_cast<char*>(buffer->data());
     const int64_t step = run_.environment_.tile_elements;
     for (int64_t first = 0; first < elements; first += step) {
@@ -59,8 +78,8 @@ class TensorRun::Task : public TaskContext {
       }
       ASSIGN_OR_RETURN(void* const staged, lane_.Host(0, step * width));
       RETURN_IF_ERROR(run_.ReadAudited(run_.source(operand), operand, first, count, staged));
-      RETURN_IF_ERROR(backend().Upload(staged, to + first * width, count * width));
-      RETURN_IF_ERROR(backend().Synchronize());  // before the staging memory is used again
+      RETURN_IF_ERROR(backend.Upload(staged, to + first * width, count * width));
+      RETURN_IF_ERROR(backend.Synchronize());  // before the staging memory is used again
     }
     run_.audited_[operand + 1] = true;
     return buffer;
@@ -96,6 +115,7 @@ class TensorRun::Task : public TaskContext {
 
   TensorRun& run_;
   Lane& lane_;
+  bool used_backend_ = false;
 };
 
 absl::Status TensorRun::Run() {
@@ -257,9 +277,11 @@ absl::Status TensorRun::RunTask() {
   const DType dtype = tensor_.task->result_dtype();
   const int64_t elements = tensor_.shape.elements(), width = ByteWidth(dtype);
   std::vector<std::byte> result(elements * width);
-  const auto run = [&](Lane& lane, int64_t) {
+  const auto run = [&](Lane& lane, int64_t) -> absl::Status {
     Task task(*this, lane);
-    return tensor_.task->Run(task, {result.data(), dtype, elements});
+    RETURN_IF_ERROR(tensor_.task->Run(task, {result.data(), dtype, elements}));
+    task.TakeNotes();
+    return absl::OkStatus();
   };
   RETURN_IF_ERROR(environment_.scheduler.Run(order_, 1, run, [](int64_t) { return true; }));
   const auto emit = [&](const Tile& tile) -> absl::Status {

@@ -32,6 +32,7 @@ class TensorRun : public MethodContext {
     int64_t tile_elements;                  // a multiple of kernels::kReduceBlock
     uint64_t seed;
     bool allow_nonfinite;
+    bool report;
     absl::Span<const double> measured;
     std::function<void(int64_t bytes)> on_read;
   };
@@ -46,6 +47,7 @@ class TensorRun : public MethodContext {
   // After Run: what was read, and a warning for each input with values that are not finite.
   std::vector<ReadRange> TakeRanges() { return JoinRanges(std::move(ranges_)); }
   const std::vector<std::string>& warnings() const { return warnings_; }
+  const TensorReport& report() const { return report_; }
 
   // MethodContext
   int inputs() const override { return static_cast<int>(tensor_.inputs.size()); }
@@ -131,6 +133,7 @@ class TensorRun : public MethodContext {
   size_t join_at_ = kMostRanges;       // size of `ranges_`; guarded by mutex_
   std::vector<std::string> warnings_;  // guarded by mutex_
   std::vector<char> reported_;         // by operand + 1; guarded by mutex_
+  TensorReport report_;                // of a task, which runs on one thread
 };
 
 }  // namespace pewter

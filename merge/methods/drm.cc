@@ -25,10 +25,12 @@
 #include <utility>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "kernels/radix_select.h"
 #include "merge/methods/common/joint_space.h"
 #include "merge/methods/common/linear_weights.h"
+#include "merge/methods/common/trimmed_merge.h"
 #include "merge/methods/method.h"
 
 namespace pewter::methods {
@@ -36,8 +38,6 @@ namespace {
 
 using kernels::ElectedMean;
 
-// Row norms below this share of the largest singular value are noise.
-constexpr double kDeadRow = 1e-10;
 // The numerical rank by which auto_rank decides.
 constexpr double kAutoRankCut = 0.1;
 
@@ -49,66 +49,12 @@ enum class Direction { kHorizontal, kVertical, kAutoRank, kAutoOrthogonality };
 
 struct DrmOptions {
   Direction direction = Direction::kHorizontal;
-  double density = 0.2;
+  TrimmedMerge merge;
   double rank_cut = 0.01;
-  bool disjoint = true;
-  int parts = 1;  // blocks of rows that are merged independently
-  std::vector<double> weights;
+  int parts = 1;               // blocks of rows that are merged independently
   std::vector<int64_t> ranks;  // TensorFacts::ranks
+  bool report = false;
 };
-
-double Sign(double x) { return x > 0 ? 1 : x < 0 ? -1 : 0; }
-
-// How many of n entries stay: all but the k - 1 smallest.
-int64_t Survivors(int64_t n, double density) {
-  const auto kept = static_cast<int64_t>(std::nearbyint(static_cast<double>(n) * density));
-  return std::min(n, n - std::max<int64_t>(n - kept, 1) + 1);
-}
-
-// The smallest of the `survivors` largest |entry| * scale of all blocks.
-absl::StatusOr<double> Threshold(kernels::Backend& backend, const JointBlocks& blocks,
-                                 const kernels::AxisValues& scales, int64_t survivors) {
-  kernels::RadixSelect select(survivors, /*f64=*/true);
-  std::vector<uint64_t> bins;
-  while (!select.done()) {
-    bins.assign(kernels::kRadixBins, 0);
-    for (int t = 0; t < blocks.count; ++t) {
-      RETURN_IF_ERROR(backend.Histogram(kernels::ScaledMagnitude{scales, t}, {blocks.View(t)}, 0,
-                                        select.level(), absl::MakeSpan(bins)));
-    }
-    RETURN_IF_ERROR(select.Descend(bins));
-  }
-  return select.value();
-}
-
-// Merges the blocks; the result takes the place of the first.
-absl::Status MergeBlocks(kernels::Backend& backend, const JointBlocks& blocks, double largest,
-                         const DrmOptions& options) {
-  ASSIGN_OR_RETURN(std::vector<double> scales, RowNorms(backend, blocks));
-  for (double& value : scales) value = value > kDeadRow * largest ? 1 / value : 0;
-  ASSIGN_OR_RETURN(const PlacedValues placed, PlacedValues::Make(backend, std::move(scales)));
-
-  ElectedMean op;
-  op.count = blocks.count;
-  op.scaled = true;
-  op.disjoint = options.disjoint;
-  op.axis = {.row = blocks.length, .count = blocks.count, .values = placed.data()};
-  std::copy(options.weights.begin(), options.weights.end(), op.weight);
-  const int64_t entries = blocks.count * blocks.rank * blocks.length;
-  ASSIGN_OR_RETURN(const double threshold,
-                   Threshold(backend, blocks, op.axis, Survivors(entries, options.density)));
-  std::fill_n(op.threshold, op.count, threshold);
-
-  const std::vector<kernels::ConstView> views = blocks.Views();
-  ASSIGN_OR_RETURN(const std::vector<double> signs,
-                   backend.Reduce(kernels::ElectedSigns{op}, views, 0));
-  double sum = 0;
-  for (double of_block : signs) sum += of_block;
-  op.sign_of_zero = Sign(sum);
-  RETURN_IF_ERROR(
-      backend.Map(op, views, {blocks.Of(0).data, DType::kF64, blocks.rank * blocks.length}, 0));
-  return backend.Synchronize();  // before the scales go
-}
 
 int64_t RankAbove(const JointBasis& basis, double share) {
   return std::count_if(basis.spectrum.begin(), basis.spectrum.end(),
@@ -150,8 +96,9 @@ class DrmTask : public TensorTask {
     int64_t most = 0, kept = 0;
     for (Stack stack : Stacks()) {
       const JointBasisCost cost = CostOfJointBasis(part, options_.ranks, stack, Cut());
-      const int64_t blocks =
-          count() * cost.rank * (BlockLength(stack, part) + 2) * int64_t{sizeof(double)};
+      const int64_t blocks = (count() * cost.rank * (BlockLength(stack, part) + 2) +
+                              (options_.report ? cost.rank * BlockLength(stack, part) : 0)) *
+                             int64_t{sizeof(double)};
       most = std::max({most, cost.peak, cost.kept + blocks});
       kept += cost.kept;
     }
@@ -163,7 +110,7 @@ class DrmTask : public TensorTask {
   absl::Status Run(TaskContext& context, kernels::View result) const override {
     ASSIGN_OR_RETURN(TaskVectors vectors, TaskVectors::Load(context, options_.ranks));
     for (int part = 0; part < options_.parts; ++part) {
-      RETURN_IF_ERROR(MergePart(context.backend(), vectors, Part(part), result));
+      RETURN_IF_ERROR(MergePart(context, vectors, part, result));
     }
     return absl::OkStatus();
   }
@@ -183,7 +130,7 @@ class DrmTask : public TensorTask {
     MatrixShape shape;
   };
 
-  int count() const { return static_cast<int>(options_.weights.size()); }
+  int count() const { return static_cast<int>(options_.ranks.size()); }
   RankCut Cut() const { return {.relative = options_.rank_cut}; }
 
   std::vector<Stack> Stacks() const {
@@ -206,8 +153,10 @@ class DrmTask : public TensorTask {
             {rows + (part < more ? 1 : 0), shape_.columns}};
   }
 
-  absl::Status MergePart(kernels::Backend& backend, TaskVectors& vectors, const RowRange& part,
+  absl::Status MergePart(TaskContext& context, TaskVectors& vectors, int index,
                          kernels::View result) const {
+    kernels::Backend& backend = context.backend();
+    const RowRange part = Part(index);
     const std::vector<TaskVector> deltas = vectors.Rows(part.first, part.shape.rows);
     ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
     std::vector<Stack> stacks = Stacks();
@@ -223,13 +172,23 @@ class DrmTask : public TensorTask {
     const Stack stack = stacks[chosen];
     const JointBasis basis = std::move(bases[chosen]);
     bases.clear();
+    TrimmedMergeReport report;
+    if (context.reports()) {
+      report.context = &context;
+      if (options_.parts > 1) report.part = absl::StrCat("part ", index, ": ");
+      for (const TaskVector& delta : deltas) {
+        ASSIGN_OR_RETURN(const double square, SquaredNorm(backend, delta));
+        report.squares.push_back(square);
+      }
+      ReportSpectrum(context, report.part, basis.spectrum, basis.rank());
+    }
     ASSIGN_OR_RETURN(
         const JointBlocks blocks,
         ProjectOnBasis(backend, basis, deltas, stack,
                        part.first + part.shape.rows == shape_.rows ? &vectors : nullptr));
     // Without a direction the models do not differ from the base here.
     if (blocks.rank > 0) {
-      RETURN_IF_ERROR(MergeBlocks(backend, blocks, basis.spectrum[0], options_));
+      RETURN_IF_ERROR(MergeTrimmed(backend, blocks, basis.spectrum[0], options_.merge, report));
     }
     const auto rows_of = [&](int64_t first, kernels::Matrix out) {
       return ExpandRows(*algebra, basis, blocks.Of(0), stack, first - part.first, out);
@@ -277,15 +236,16 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
     return Treatment{.measured = trimmed, .kind = kElementwise};
   }
   DrmOptions options{.direction = DirectionOf(tensor.params),
-                     .density = Number(tensor.params, "density"),
+                     .merge = {.density = Number(tensor.params, "density"),
+                               .disjoint = Flag(tensor.params, "disjoint_mean")},
                      .rank_cut = Number(tensor.params, "rank_cut"),
-                     .disjoint = Flag(tensor.params, "disjoint_mean"),
-                     .ranks = tensor.ranks};
-  if (options.density >= 1) {
+                     .ranks = tensor.ranks,
+                     .report = tensor.report};
+  if (options.merge.density >= 1) {
     return Treatment{.kind = kMean, .notes = {"density 1: the mean of the task vectors"}};
   }
   for (const ParamValues* params : tensor.input_params) {
-    options.weights.push_back(Number(*params, "weight"));
+    options.merge.weights.push_back(Number(*params, "weight"));
   }
   Treatment treatment;
   const MatrixShape shape = AsMatrix(tensor.shape);

@@ -89,6 +89,12 @@ class IsoTask : public TensorTask {
     const std::vector<TaskVector> deltas = vectors.Rows(0, shape_.rows);
     ASSIGN_OR_RETURN(OwnMatrix sum, SumOf(backend, deltas));
     ASSIGN_OR_RETURN(const ThinSvd svd, SvdOf(backend, std::move(sum)));
+    if (context.reports()) {
+      const auto rank = std::count_if(svd.values.begin(), svd.values.end(), [&](double value) {
+        return value > kNullSpace * svd.values[0];
+      });
+      ReportSpectrum(context, "", svd.values, rank);
+    }
     // Models that do not differ from the base: all of it is zeros.
     if (svd.values[0] > 0) {
       if (common_fraction_ >= 0) return RunCommonAndTasks(backend, vectors, deltas, svd, result);

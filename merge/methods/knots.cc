@@ -36,14 +36,15 @@ constexpr RankCut kCut = {.absolute = 1e-5};
 class KnotsTask : public TensorTask {
  public:
   KnotsTask(MatrixShape shape, std::vector<int64_t> ranks, DType dtype, DType result_dtype,
-            double lambda, double drop)
+            double lambda, double drop, bool report)
       : shape_(shape),
         ranks_(std::move(ranks)),
         count_(static_cast<int>(ranks_.size())),
         dtype_(dtype),
         result_dtype_(result_dtype),
         lambda_(lambda),
-        drop_(drop) {}
+        drop_(drop),
+        report_(report) {}
 
   const char* name() const override { return drop_ > 0 ? "knots_dare_ties" : "knots_ties"; }
   DType result_dtype() const override { return result_dtype_; }
@@ -51,8 +52,8 @@ class KnotsTask : public TensorTask {
     const JointBasisCost cost = CostOfJointBasis(shape_, ranks_, Stack::kHorizontal, kCut);
     const int64_t block = cost.rank * shape_.columns * int64_t{sizeof(double)};
     return TaskVectors::Bytes(shape_, dtype_, ranks_) +
-           std::max(cost.peak, cost.kept + (count_ + 1) * block) + TaskVectors::EmitBytes(shape_) +
-           shape_.rows * shape_.columns * ByteWidth(result_dtype_);
+           std::max(cost.peak, cost.kept + (count_ + 1 + (report_ ? 1 : 0)) * block) +
+           TaskVectors::EmitBytes(shape_) + shape_.rows * shape_.columns * ByteWidth(result_dtype_);
   }
 
   absl::Status Run(TaskContext& context, kernels::View result) const override {
@@ -65,6 +66,7 @@ class KnotsTask : public TensorTask {
       ElectedMean op = Election(context, found);
       op.sign_of_zero = found.back();
       std::fill_n(op.weight, count_, lambda_);
+      if (context.reports()) RETURN_IF_ERROR(Tell(context, aligned, op));
       RETURN_IF_ERROR(backend.Map(
           op, blocks.Views(), {blocks.Of(0).data, DType::kF64, blocks.rank * blocks.length}, 0));
     }
@@ -118,13 +120,37 @@ class KnotsTask : public TensorTask {
     TaskVectors vectors;
     JointBasis basis;
     JointBlocks blocks;
+    std::vector<double> squares;  // of the task vectors, where there is a report
   };
+
+  absl::Status Tell(TaskContext& context, const Aligned& aligned, const ElectedMean& op) const {
+    kernels::Backend& backend = context.backend();
+    ASSIGN_OR_RETURN(const std::vector<double> norms, RowNorms(backend, aligned.blocks));
+    std::vector<double> kept;
+    for (int t = 0; t < count_; ++t) {
+      ElectedMean one = op;
+      one.count = 1;
+      one.elect = one.disjoint = false;
+      one.weight[0] = 1;
+      one.threshold[0] = op.threshold[t];
+      ASSIGN_OR_RETURN(const double square, KeptSquare(backend, aligned.blocks, t, one));
+      kept.push_back(aligned.squares[t] > 0 ? square / aligned.squares[t] : 0);
+    }
+    ReportSpectrum(context, "", aligned.basis.spectrum, aligned.basis.rank());
+    ReportTasks(context, "", norms, aligned.squares);
+    context.Report("kept", std::move(kept));
+    return absl::OkStatus();
+  }
 
   absl::StatusOr<Aligned> Align(TaskContext& context) const {
     kernels::Backend& backend = context.backend();
     Aligned aligned;
     ASSIGN_OR_RETURN(aligned.vectors, TaskVectors::Load(context, ranks_));
     const auto deltas = aligned.vectors.Rows(0, shape_.rows);
+    for (size_t t = 0; t < deltas.size() && report_; ++t) {
+      ASSIGN_OR_RETURN(const double square, SquaredNorm(backend, deltas[t]));
+      aligned.squares.push_back(square);
+    }
     ASSIGN_OR_RETURN(aligned.basis, FindJointBasis(backend, deltas, Stack::kHorizontal, kCut));
     ASSIGN_OR_RETURN(aligned.blocks, ProjectOnBasis(backend, aligned.basis, deltas,
                                                     Stack::kHorizontal, &aligned.vectors));
@@ -167,6 +193,7 @@ class KnotsTask : public TensorTask {
   const int count_;
   const DType dtype_, result_dtype_;
   const double lambda_, drop_;
+  const bool report_;
 };
 
 // The thresholds, by model, then the sign of sums of zero. Two rounds find the thresholds, one the
@@ -276,7 +303,7 @@ absl::StatusOr<Treatment> Treat(const TensorFacts& tensor) {
   treatment.task = std::make_shared<const KnotsTask>(
       shape, tensor.ranks, tensor.dtype, tensor.result_dtype,
       std::get<double>(tensor.params.at("lambda")),
-      drop == tensor.params.end() ? 0 : std::get<double>(drop->second));
+      drop == tensor.params.end() ? 0 : std::get<double>(drop->second), tensor.report);
   return treatment;
 }
 

@@ -96,6 +96,7 @@ struct TensorFacts {
   std::vector<int64_t> ranks;
   const LayerInputs* layer_inputs = nullptr;  // null: the statistics have none
   bool has_statistics = false;                // operands StatisticsOf(input) are there
+  bool report = false;  // TaskContext::reports will be true
 };
 // How a method treats a tensor, where not all alike.
 struct Treatment {

@@ -9,7 +9,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -20,6 +22,9 @@
 #include "kernels/backend.h"
 
 namespace pewter {
+
+// What a task tells the user of its tensor, where the recipe asks for it: by name.
+using TensorReport = std::map<std::string, std::vector<double>>;
 
 // What a task sees. Implemented by the engine.
 class TaskContext {
@@ -48,6 +53,9 @@ class TaskContext {
   virtual absl::Span<const double> measured() const = 0;
   virtual int model(int input) const = 0;
   virtual PhiloxKey random_key(int input) const = 0;
+  // Whether the recipe asks for a report (`output: {report: true}`), and where it goes.
+  virtual bool reports() const = 0;
+  virtual void Report(const std::string& name, std::vector<double> values) = 0;
 };
 
 class TensorTask {

@@ -13,8 +13,10 @@
 // tasks share a direction exactly there is no one polar factor, and the merge is refused.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "merge/methods/common/joint_space.h"
 #include "merge/methods/common/linear_weights.h"
@@ -69,13 +71,24 @@ class TsvTask : public TensorTask {
     const int64_t k = TripletsOf(shape_, count_);
     ASSIGN_OR_RETURN(OwnMatrix ut, OwnMatrix::Make(backend, k * count_, shape_.rows));
     ASSIGN_OR_RETURN(OwnMatrix vt, OwnMatrix::Make(backend, k * count_, shape_.columns));
-    std::vector<double> values;
+    std::vector<double> values, kept;
+    std::vector<int64_t> counts;  // of triplets, by task
     for (int t = 0; t < count_; ++t) {
       ASSIGN_OR_RETURN(const ThinSvd svd, SvdOf(backend, deltas[t]));
       const auto most = std::min(k, static_cast<int64_t>(svd.values.size()));
       const int64_t rank =
           std::count_if(svd.values.begin(), svd.values.begin() + most,
                         [&](double value) { return value > kNullSpace * svd.values[0]; });
+      counts.push_back(rank);
+      if (context.reports()) {
+        ReportSpectrum(context, absl::StrCat("model ", t, ": "), svd.values, rank);
+        const auto square = [&](int64_t n) {
+          return std::inner_product(svd.values.begin(), svd.values.begin() + n, svd.values.begin(),
+                                    0.0);
+        };
+        const double all = square(static_cast<int64_t>(svd.values.size()));
+        kept.push_back(all > 0 ? square(rank) / all : 0);
+      }
       if (rank == 0) continue;
       const auto first = static_cast<int64_t>(values.size());
       const Matrix leading = RowsOf(svd.vt, 0, rank);
@@ -86,6 +99,10 @@ class TsvTask : public TensorTask {
       values.insert(values.end(), svd.values.begin(), svd.values.begin() + rank);
     }
     ut.view.rows = vt.view.rows = static_cast<int64_t>(values.size());
+    if (context.reports()) {
+      context.Report("kept", std::move(kept));
+      RETURN_IF_ERROR(ReportOverlap(context, ut, counts));
+    }
     for (OwnMatrix* side : {&ut, &vt}) {
       if (values.empty()) break;
       const absl::Status orthonormal = MakeRowsOrthonormal(backend, *side);
@@ -103,6 +120,34 @@ class TsvTask : public TensorTask {
   }
 
  private:
+  // By pair of models, row-major: |U_s^T U_t|^2 / the smaller number of their vectors.
+  static absl::Status ReportOverlap(TaskContext& context, const OwnMatrix& ut,
+                                    absl::Span<const int64_t> counts) {
+    kernels::Backend& backend = context.backend();
+    ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+    std::vector<double> overlap;
+    int64_t first = 0;
+    for (int64_t of_s : counts) {
+      int64_t other = 0;
+      for (int64_t of_t : counts) {
+        ASSIGN_OR_RETURN(const OwnMatrix product, OwnMatrix::Make(backend, of_s, of_t));
+        RETURN_IF_ERROR(algebra->Gemm(kernels::Transpose::kNo, RowsOf(ut, first, of_s),
+                                      kernels::Transpose::kYes, RowsOf(ut, other, of_t), 1, 0,
+                                      product.view));
+        std::vector<double> values(of_s * of_t);
+        RETURN_IF_ERROR(backend.Download(product.view.data, values.data(),
+                                         of_s * of_t * int64_t{sizeof(double)}));
+        RETURN_IF_ERROR(backend.Synchronize());
+        const double square = std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
+        overlap.push_back(values.empty() ? 0 : square / static_cast<double>(std::min(of_s, of_t)));
+        other += of_t;
+      }
+      first += of_s;
+    }
+    context.Report("overlap", std::move(overlap));
+    return absl::OkStatus();
+  }
+
   static absl::Status Dependent() {
     return absl::FailedPreconditionError(
         "the leading singular vectors of the task vectors depend on each other (models that are "

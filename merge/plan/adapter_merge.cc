@@ -112,6 +112,10 @@ class AdapterMerge {
     plan_.method = method_->method.name;
     RETURN_IF_ERROR(CheckRecipe());
     RETURN_IF_ERROR(CheckParameters(recipe_, method_->method, plan_.warnings));
+    if (recipe_.report) {
+      plan_.warnings.push_back(
+          absl::StrCat(recipe_.report_at.ToString(), ": there is no report of merged adapters"));
+    }
     for (const RecipeSource& source : slice().sources) RETURN_IF_ERROR(Open(source));
     RETURN_IF_ERROR(Describe());
     for (const auto& [module, owners] : modules_) RETURN_IF_ERROR(AddModule(module, owners));

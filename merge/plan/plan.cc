@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
@@ -86,6 +87,7 @@ class Planner {
     }
     method_ = *method;
     plan_.method = method_->name;
+    plan_.report = recipe_.report;
     RETURN_IF_ERROR(CheckParameters(recipe_, *method_, plan_.warnings));
     RETURN_IF_ERROR(OpenModels());
     RETURN_IF_ERROR(OpenStatistics());
@@ -97,6 +99,12 @@ class Planner {
       return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
     }
     RETURN_IF_ERROR(CheckStatisticsUsed());
+    if (plan_.report && absl::c_none_of(plan_.tensors, [](const PlanTensor& tensor) {
+          return tensor.task != nullptr;
+        })) {
+      plan_.warnings.push_back(absl::StrCat(recipe_.report_at.ToString(), ": ", method_->name,
+                                            " decomposes nothing here, so there is no report"));
+    }
     RETURN_IF_ERROR(PlanMeasure());
     RETURN_IF_ERROR(PlanEvaluation());
     WarnOfIdleSettings(recipe_, *method_, param_use_, known_names_, plan_.warnings);
@@ -1085,7 +1093,9 @@ class Planner {
                                      .input_params = std::move(of_inputs),
                                      .ranks = std::move(ranks),
                                      .layer_inputs = layer ? &*layer : nullptr,
-                                     .has_statistics = !tensor.statistics.empty()}));
+                                     .has_statistics = !tensor.statistics.empty(),
+
+                                     .report = plan_.report}));
     tensor.task = std::move(treatment.task);
     tensor.kind = std::move(treatment.kind);
     tensor.measured = treatment.measured;

@@ -155,6 +155,7 @@ struct Plan {
   std::map<std::string, std::vector<std::string>>
       unused_tensors;                       // model -> tensors that no output reads
   std::vector<std::string> absent_tensors;  // optional ones that no model has
+  bool report = false;     // the manifest tells what tasks found
   int64_t read_bytes = 0;                   // stored bytes that one pass over all inputs reads
   int64_t write_bytes = 0;
   int64_t peak_bytes = 0;   // estimate of anonymous memory, stages included

@@ -173,13 +173,17 @@ class RecipeReader : private YamlReader {
          "is not supported by this version of Pewter; it is an option of the command "
          "(--shard-size)"},
         {"compression", kLater},
-        {"report", kLater},
+        {"report"},
     };
     const YamlNode* output = root.Find("output");
     if (IsNull(output)) return absl::OkStatus();
     if (output->kind != Kind::kMapping)
-      return Expected(*output, "`output`", "a mapping with `format`");
+      return Expected(*output, "`output`", "a mapping with `format` or `report`");
     RETURN_IF_ERROR(CheckKeys(*output, "`output`", kKeys));
+    if (const YamlNode* report = output->Find("report"); !IsNull(report)) {
+      recipe_.report_at = report->at;
+      RETURN_IF_ERROR(ReadFlag(report, "`report`", recipe_.report));
+    }
     const YamlNode* format = output->Find("format");
     if (IsNull(format)) return absl::OkStatus();
     recipe_.output_format_at = format->at;

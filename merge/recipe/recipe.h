@@ -207,6 +207,8 @@ struct Recipe {
   std::optional<DType> out_dtype;
   OutputFormat output_format = OutputFormat::kModel;
   TextPosition output_format_at;
+  bool report = false;  // `output: {report: true}`
+  TextPosition report_at;
   ParamScope parameters;
   std::vector<RecipeStatistics> statistics;
   TextPosition statistics_at;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/algorithm/container.h"
+#include "absl/strings/str_cat.h"
 #include "base/status.h"
 
 namespace pewter::methods {
@@ -337,9 +338,10 @@ JointBasisCost CostOfJointBasis(MatrixShape shape, absl::Span<const int64_t> ran
   }
   const int64_t square = cost.order * cost.order * kWidth;
   cost.kept = way == Way::kSharedSide ? square : cost.rank * side * kWidth;
-  // The solver needs twice the matrix besides; factors that are multiplied have a half product.
-  cost.peak = std::max(3 * square + 8 * cost.order * kWidth, square + cost.kept) + kProductBytes +
-              2 * largest * (side + largest) * kWidth;
+  // The solver needs two and a half times the matrix besides; factors that are multiplied have a
+  // half product.
+  cost.peak = std::max(7 * square / 2 + 8 * cost.order * kWidth, square + cost.kept) +
+              kProductBytes + 2 * largest * (side + largest) * kWidth;
   // Q, R and the identity, with the workspace of the QR.
   if (way == Way::kFactors) {
     cost.peak += cost.order * side * kWidth + 2 * square + 64 * cost.order * kWidth;
@@ -390,6 +392,83 @@ absl::StatusOr<std::vector<double>> RowNorms(kernels::Backend& backend, const Jo
     }
   }
   return norms;
+}
+
+void ReportSpectrum(TaskContext& context, absl::string_view part, absl::Span<const double> values,
+                    int64_t kept) {
+  const auto count = static_cast<int64_t>(values.size()), shown = std::min(count, kReportedValues);
+  std::vector<double> some;
+  for (int64_t i = 0; i < shown; ++i) {
+    some.push_back(values[shown == 1 ? 0 : i * (count - 1) / (shown - 1)]);
+  }
+  context.Report(absl::StrCat(part, "spectrum"), std::move(some));
+  context.Report(absl::StrCat(part, "directions"),
+                 {static_cast<double>(count), static_cast<double>(kept)});
+}
+
+void ReportTasks(TaskContext& context, absl::string_view part, absl::Span<const double> norms,
+                 absl::Span<const double> squares) {
+  const size_t count = squares.size();
+  std::vector<double> energy(count), products(count * count);
+  for (size_t j = 0; j < norms.size(); j += count) {
+    for (size_t s = 0; s < count; ++s) {
+      const double of_s = norms[j + s] * norms[j + s];
+      energy[s] += of_s;
+      for (size_t t = 0; t < count; ++t) {
+        products[s * count + t] += of_s * norms[j + t] * norms[j + t];
+      }
+    }
+  }
+  std::vector<double> overlap(products.size()), share(count);
+  for (size_t s = 0; s < count; ++s) {
+    if (squares[s] > 0) share[s] = energy[s] / squares[s];
+    for (size_t t = 0; t < count; ++t) {
+      const double lengths =
+          std::sqrt(products[s * count + s]) * std::sqrt(products[t * count + t]);
+      if (lengths > 0) overlap[s * count + t] = products[s * count + t] / lengths;
+    }
+  }
+  context.Report(absl::StrCat(part, "in_directions"), std::move(share));
+  context.Report(absl::StrCat(part, "overlap"), std::move(overlap));
+}
+
+absl::StatusOr<double> KeptSquare(kernels::Backend& backend, const JointBlocks& blocks, int t,
+                                  const kernels::ElectedMean& op) {
+  ASSIGN_OR_RETURN(const OwnMatrix kept, OwnMatrix::Make(backend, blocks.rank, blocks.length));
+  const int64_t size = blocks.rank * blocks.length;
+  RETURN_IF_ERROR(backend.Map(op, {blocks.View(t)}, {kept.view.data, DType::kF64, size}, 0));
+  ASSIGN_OR_RETURN(
+      const std::vector<double> squares,
+      backend.Reduce(kernels::Gram{.count = 1}, {{kept.view.data, DType::kF64, size}}, 0));
+  return absl::c_accumulate(squares, 0.0);
+}
+
+absl::StatusOr<double> SquaredNorm(kernels::Backend& backend, const TaskVector& delta) {
+  const int64_t size = delta.shape.rows * delta.shape.columns;
+  if (!delta.product()) {
+    ASSIGN_OR_RETURN(const std::vector<double> squares,
+                     backend.Reduce(kernels::Gram{.count = 1, .from_base = true},
+                                    {{delta.dense.minus, delta.dense.dtype, size},
+                                     {delta.dense.data, delta.dense.dtype, size}},
+                                    0));
+    return absl::c_accumulate(squares, 0.0);
+  }
+  // The trace of (L^T L) (R R^T).
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  const int64_t rank = delta.left.columns;
+  ASSIGN_OR_RETURN(const OwnMatrix left, OwnMatrix::Make(backend, rank, rank));
+  ASSIGN_OR_RETURN(const OwnMatrix right, OwnMatrix::Make(backend, rank, rank));
+  RETURN_IF_ERROR(algebra->Gram(Transpose::kYes, delta.left, 0, left.view));
+  RETURN_IF_ERROR(algebra->Gram(Transpose::kNo, delta.right, 0, right.view));
+  ASSIGN_OR_RETURN(const std::vector<double> products,
+                   backend.Reduce(kernels::Gram{.count = 2},
+                                  {{left.view.data, DType::kF64, rank * rank},
+                                   {right.view.data, DType::kF64, rank * rank}},
+                                  0));
+  // Of each run of elements the pairs (0, 0), (1, 0) and (1, 1).
+  double trace = 0;
+  for (size_t i = 1; i < products.size(); i += 3) trace += products[i];
+  return trace;
 }
 
 absl::StatusOr<PlacedValues> PlacedValues::Make(kernels::Backend& backend,

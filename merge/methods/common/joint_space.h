@@ -21,6 +21,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/backend.h"
 #include "kernels/linear_algebra.h"
@@ -146,6 +147,24 @@ absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const Join
 
 // Norms of the blocks' rows: that of row j of block t is value j * count + t.
 absl::StatusOr<std::vector<double>> RowNorms(kernels::Backend& backend, const JointBlocks& blocks);
+
+// What a user is told of a tensor, or of `part` of it (TaskContext::Report):
+//   spectrum        at most kReportedValues singular values, evenly spaced from first to last
+//   directions      how many there are, and how many of these are kept
+//   in_directions   by model: the share of its task vector's energy (squared norm) in those
+//   kept            by model: the share that is left when entries are trimmed, too
+//   overlap         by pair of models, row-major: the cosine between how their energies are spread
+//                   over the directions
+inline constexpr int64_t kReportedValues = 128;
+void ReportSpectrum(TaskContext& context, absl::string_view part, absl::Span<const double> values,
+                    int64_t kept);
+// `norms` as RowNorms gives them, `squares` the models' squared norms.
+void ReportTasks(TaskContext& context, absl::string_view part, absl::Span<const double> norms,
+                 absl::Span<const double> squares);
+// `op` of block `t` alone, whose terms are what is kept of it.
+absl::StatusOr<double> KeptSquare(kernels::Backend& backend, const JointBlocks& blocks, int t,
+                                  const kernels::ElectedMean& op);
+absl::StatusOr<double> SquaredNorm(kernels::Backend& backend, const TaskVector& delta);
 
 // Values of rows or columns where the ops of a backend can read them.
 class PlacedValues {
