@@ -797,6 +797,54 @@ INSTANTIATE_TEST_SUITE_P(Methods, AdapterTest,
                          ::testing::Values("drm", "drm_vertical", "knots_ties", "tsv_m"),
                          [](const auto& info) { return std::string(info.param); });
 
+// As an adapter again, of their ranks' sum, and cut to the nearest of a smaller rank.
+TEST_P(AdapterTest, AsAnAdapter) {
+  if (Method() != "drm") return;
+  const std::vector<Adapter> adapters = {MakeAdapter(3, 1), MakeAdapter(5, 20), MakeAdapter(2, 40)};
+  ASSERT_THAT(PlanOf({}, adapters), IsOk());  // writes them
+  const auto merge = [&](const std::string& more, const std::string& out) {
+    std::string recipe = "merge_method: drm\noutput: {format: lora}\nmodels:\n";
+    for (int i = 0; i < 3; ++i) {
+      absl::StrAppend(&recipe, "  - model: ", folder_ / absl::StrCat("adapter", i), "\n");
+    }
+    absl::StrAppend(&recipe, "parameters: {", Parameters(), Parameters().empty() ? "" : ", ", more,
+                    "}\n");
+    Dense product(kRows, kColumns);
+    const absl::StatusOr<Recipe> parsed = ParseRecipe(recipe);
+    EXPECT_THAT(parsed, IsOk());
+    if (!parsed.ok()) return product;
+    PlanOptions options;
+    options.device = "cpu";
+    const absl::StatusOr<Plan> plan = MakePlan(*parsed, options);
+    EXPECT_THAT(plan, IsOk());
+    if (!plan.ok()) return product;
+    EXPECT_THAT(RunPlan(*plan, {.output = folder_ / out}), IsOk());
+    const auto tensors = ReadTensors(folder_ / (out + "/adapter_model.safetensors"));
+    const TinyTensor& a = tensors.at("base_model.model.fc.lora_A.weight");
+    const TinyTensor& b = tensors.at("base_model.model.fc.lora_B.weight");
+    Dense of_a(a.shape[0], a.shape[1]), of_b(b.shape[0], b.shape[1]);
+    of_a.values = a.values;
+    of_b.values = b.values;
+    EXPECT_EQ(of_a.rows, of_b.columns);
+    return Times(of_b, of_a);
+  };
+  std::vector<Dense> dense;
+  for (const Adapter& adapter : adapters) dense.push_back(DeltaOf(adapter));
+  const Dense want = MergeOnZeros(dense, "drm", Parameters());
+  const Dense whole = merge("svd_rank: 10", "whole");
+  EXPECT_GT(LargestOf(want.values), 0);
+  EXPECT_LE(LargestDifference(whole.values, want.values), 1e-6 * LargestOf(want.values));
+  const Dense cut = merge("svd_rank: 4", "cut");
+  EXPECT_EQ(RankOf(cut), 4);
+  // A projection: what is left out is orthogonal to it.
+  double product = 0, square = 0;
+  for (size_t i = 0; i < cut.values.size(); ++i) {
+    product += cut.values[i] * (want.values[i] - cut.values[i]);
+    square += want.values[i] * want.values[i];
+  }
+  EXPECT_LE(std::abs(product), 1e-6 * square);
+}
+
 class IsoAdapterTest : public AdapterTest {};
 
 TEST_P(IsoAdapterTest, SumsWithoutFullRankAreRefusedWhilePlanning) {
@@ -960,6 +1008,80 @@ INSTANTIATE_TEST_SUITE_P(Methods, FamilyTest,
                          ::testing::Values("tsv_m", "iso_c", "iso_cts", "knots_ties",
                                            "knots_dare_ties"),
                          [](const auto& info) { return std::string(info.param); });
+
+// --- Reports ----------------------------------------------------------------------------------
+
+json ReportOf(const std::vector<Dense>& tasks, const std::string& method,
+              const std::string& parameters, const std::string& output = "{report: true}") {
+  const TempFolder folder;
+  const Models models = OnZeros(tasks);
+  std::string recipe = absl::StrCat("merge_method: ", method, "\nbase_model: ", folder / "m0",
+                                    "\noutput: ", output, "\nmodels:\n");
+  for (size_t i = 0; i < models.size(); ++i) {
+    fs::create_directory(folder / absl::StrCat("m", i));
+    WriteSafetensors(folder / absl::StrCat("m", i, "/model.safetensors"), models[i]);
+    if (i > 0) absl::StrAppend(&recipe, "  - model: ", folder / absl::StrCat("m", i), "\n");
+  }
+  absl::StrAppend(&recipe, "parameters: {", parameters, "}\ndtype: float64\n");
+  const absl::StatusOr<Recipe> parsed = ParseRecipe(recipe);
+  EXPECT_THAT(parsed, IsOk());
+  if (!parsed.ok()) return {};
+  PlanOptions options;
+  options.device = "cpu";
+  const absl::StatusOr<Plan> plan = MakePlan(*parsed, options);
+  EXPECT_THAT(plan, IsOk());
+  if (!plan.ok()) return {};
+  const absl::StatusOr<Manifest> manifest = RunPlan(*plan, {.output = folder / "out"});
+  EXPECT_THAT(manifest, IsOk());
+  return manifest.ok() ? json::parse(manifest->json) : json();
+}
+
+// Two tasks of one direction each, orthogonal, of norms 3 and 4; a third of both.
+TEST(Report, TellsWhatTheJointSpaceIs) {
+  Dense a(6, 8), b(6, 8), both(6, 8);
+  a(1, 2) = both(1, 2) = 3;
+  b(4, 5) = both(4, 5) = 4;
+  const json drm = ReportOf({a, b, both}, "drm", "density: 0.9")["report"]["fc.weight"];
+  // The stack's squared singular values are 16 + 16 and 9 + 9.
+  EXPECT_EQ(drm["directions"], json({6.0, 2.0}));
+  ASSERT_EQ(drm["spectrum"].size(), 6u);
+  EXPECT_NEAR(drm["spectrum"][0].get<double>(), std::sqrt(32), 1e-12);
+  EXPECT_NEAR(drm["spectrum"][1].get<double>(), std::sqrt(18), 1e-12);
+  for (int t = 0; t < 3; ++t) EXPECT_NEAR(drm["in_directions"][t].get<double>(), 1, 1e-12);
+  for (int t = 0; t < 3; ++t) EXPECT_NEAR(drm["kept"][t].get<double>(), 1, 1e-12);
+  // Energies (0, 9), (16, 0) and (16, 9) in the two directions.
+  EXPECT_NEAR(drm["overlap"][1].get<double>(), 0, 1e-12);
+  EXPECT_NEAR(drm["overlap"][2].get<double>(), 9 / std::sqrt(16 * 16 + 9 * 9), 1e-12);
+  EXPECT_NEAR(drm["overlap"][5].get<double>(), 16 / std::sqrt(16 * 16 + 9 * 9), 1e-12);
+
+  // The smaller entries of each row go, but of the third task nothing is left in one direction.
+  const json cut = ReportOf({a, b, both}, "drm", "rank_cut: 0.9")["report"]["fc.weight"];
+  EXPECT_EQ(cut["directions"], json({6.0, 1.0}));
+  EXPECT_NEAR(cut["in_directions"][0].get<double>(), 0, 1e-12);
+  EXPECT_NEAR(cut["in_directions"][2].get<double>(), 16.0 / 25, 1e-12);
+
+  // All models together keep one entry each and one more: of the third the smaller goes.
+  const json knots = ReportOf({a, b, both}, "knots_ties", "density: 0")["report"]["fc.weight"];
+  EXPECT_NEAR(knots["kept"][0].get<double>(), 1, 1e-12);
+  EXPECT_NEAR(knots["kept"][2].get<double>(), 16.0 / 25, 1e-12);
+}
+
+TEST(Report, OfTheOthers) {
+  const std::vector<Dense> tasks = RandomTasks(12, 10, 2, 5);
+  const json tsv = ReportOf(tasks, "tsv_m", "")["report"]["fc.weight"];
+  EXPECT_EQ(tsv["model 1: directions"], json({10.0, 5.0}));
+  EXPECT_GT(tsv["kept"][0].get<double>(), 0.5);
+  EXPECT_LT(tsv["kept"][0].get<double>(), 1);
+  EXPECT_NEAR(tsv["overlap"][0].get<double>(), 1, 1e-12);
+  EXPECT_GT(tsv["overlap"][1].get<double>(), 0);
+  EXPECT_LT(tsv["overlap"][1].get<double>(), 1);
+  EXPECT_EQ(ReportOf(tasks, "iso_c", "")["report"]["fc.weight"]["directions"], json({10.0, 10.0}));
+  // Not where it is not asked for; said where there is none.
+  EXPECT_FALSE(ReportOf(tasks, "drm", "", "{format: safetensors}").contains("report"));
+  const json none = ReportOf(tasks, "task_arithmetic", "weight: 1");
+  EXPECT_FALSE(none.contains("report"));
+  EXPECT_THAT(none["warnings"].dump(), HasSubstr("decomposes nothing"));
+}
 
 // All singular values of the merge are the mean of those of the sum.
 TEST(IsoC, SingularValuesAreEqual) {
