@@ -21,6 +21,7 @@
 #include "merge/align/symmetry.h"
 #include "merge/checkpoint/checkpoint.h"
 #include "merge/recipe/recipe.h"
+#include "store/object_store.h"
 
 namespace pewter {
 
@@ -32,6 +33,9 @@ struct AlignerRun {
   int threads = 1;
   uint64_t seed = 0;
   std::function<absl::Status()> check;  // asked now and then; an error ends the search with it
+  // Where aligners that need statistics keep them, and under which key; null: nowhere.
+  std::shared_ptr<ObjectStore> store = nullptr;
+  std::string statistics = "statistics.safetensors";
 };
 
 class Aligner {
