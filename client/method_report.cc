@@ -157,7 +157,16 @@ std::string ExampleRecipe(const MergeMethod& method) {
   if (method.base != BaseUse::kInput) absl::StrAppend(&text, "base_model: ./base\n");
   const int models =
       std::clamp(2, method.min_inputs, std::max(method.min_inputs, method.max_inputs));
-  return absl::StrCat(text, ExampleInputs(method, models, "./model-"), "dtype: bfloat16\n");
+  absl::StrAppend(&text, ExampleInputs(method, models, "./model-"));
+  if (method.statistics != StatisticsUse::kNone) {
+    absl::StrAppend(&text, "statistics:\n");
+    for (int i = 0; i < models; ++i) {
+      const std::string model =
+          absl::StrCat("./model-", std::string(1, static_cast<char>('a' + i)));
+      absl::StrAppend(&text, "  ", model, ": ", model, ".statistics.safetensors\n");
+    }
+  }
+  return absl::StrCat(text, "dtype: bfloat16\n");
 }
 
 std::string ExampleRecipe(const AdapterMethod& method) {
