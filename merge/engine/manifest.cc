@@ -128,6 +128,7 @@ absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view
                                            int64_t size) {
   constexpr int64_t kChunk = 1 << 20;
   std::vector<std::byte> chunk(kChunk);
+  const auto intent = store.WillRead(key, 0, size);
   Sha256 sha;
   for (int64_t offset = 0; offset < size; offset += kChunk) {
     const absl::Span<std::byte> part =

@@ -525,6 +525,7 @@ absl::Status Run::EvaluateOutput() {
 }
 
 absl::StatusOr<Manifest> Run::Execute() {
+  RETURN_IF_ERROR(CheckStagesFolder(plan_, options_));
   RETURN_IF_ERROR(PrepareOutput());
   const absl::Cleanup unbind = [this] {
     UnbindStages(plan_);

@@ -72,6 +72,10 @@ absl::StatusOr<std::string> MergeStage(const PlanStage& stage, ObjectStore& fold
 
 }  // namespace
 
+absl::Status CheckStagesFolder(const Plan& plan, const RunOptions& options) {
+  return plan.stages.empty() ? absl::OkStatus() : StagesFolder(options).status();
+}
+
 absl::StatusOr<std::vector<std::string>> MergeStages(const Plan& plan, const RunOptions& options) {
   std::vector<std::string> manifests;
   const int stages = static_cast<int>(plan.stages.size()) + 1;

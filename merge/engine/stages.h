@@ -12,6 +12,8 @@
 
 namespace pewter {
 
+// InvalidArgument when there is no place for the plan's stages.
+absl::Status CheckStagesFolder(const Plan& plan, const RunOptions& options);
 // Merges the plan's stages in their order and binds each one's store to its folder; returns their
 // manifests. On an error what is bound stays bound.
 absl::StatusOr<std::vector<std::string>> MergeStages(const Plan& plan, const RunOptions& options);

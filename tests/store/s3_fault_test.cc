@@ -399,7 +399,7 @@ TEST_F(S3FaultTest, AStoreWhoseClockDiffersIsFollowed) {
 
 TEST_F(S3FaultTest, WrongKeysAreDeniedAndNotShown) {
   S3Options options = server_->Options();
-  options.environment = KeysEnvironment(S3Server::kAccessKey, "canary-of-a-secret");
+  options.environment = KeysEnvironment(server_->access_key(), "canary-of-a-secret");
   S3Store store(std::make_shared<S3Client>(options), {.bucket = bucket_, .prefix = ""});
   for (const absl::Status& status :
        {store.Stat("a").status(), store.List("").status(), WriteText(store, "a", "x")}) {

