@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kMostRedirects = 5;
 constexpr int kMostPages = 1000;
+constexpr int kAttemptsWithoutAnswer = 3;
 
 bool IsTrue(absl::string_view value) {
   const std::string lower = absl::AsciiStrToLower(value);
@@ -186,11 +187,15 @@ absl::Status HubStore::Get(const std::string& url, int64_t offset, absl::Span<st
       retry.Succeeded();
       return absl::OkStatus();
     }
+    // Where nobody has answered yet, a name or a port is wrong.
+    const bool nobody_there =
+        commit_.empty() && response.status == 0 && retry.attempts() >= kAttemptsWithoutAnswer;
     int seconds = 0;
     const absl::Duration wait = absl::SimpleAtoi(response.Header("retry-after"), &seconds)
                                     ? absl::Seconds(seconds)
                                     : absl::ZeroDuration();
-    if (!retry.Again(Classify(sent, response), wait)) return sent.ok() ? Refused(response) : sent;
+    if (nobody_there || !retry.Again(Classify(sent, response), wait))
+      return sent.ok() ? Refused(response) : sent;
   }
 }
 

@@ -18,6 +18,8 @@ namespace {
 
 // Requests are refused beyond a quarter of an hour.
 constexpr absl::Duration kClockTolerance = absl::Minutes(5);
+// Where nobody has ever answered, a name or a port is wrong.
+constexpr int kAttemptsWithoutAnswer = 3;
 constexpr char kUnsigned[] = "UNSIGNED-PAYLOAD";
 
 std::string NameOf(const S3Request& request) {
@@ -259,7 +261,9 @@ absl::Status S3Client::Send(S3Request request, S3Reply& reply) {
     if (limit != nullptr) limit->Acquire();
     const absl::Status sent = SendOnce(request, *credentials, reply);
     reply.attempts = retry.attempts();
-    const Failure failure = Classify(sent, reply);
+    if (reply.http.status != 0) answered_ = true;
+    const bool nobody_there = !answered_ && reply.attempts >= kAttemptsWithoutAnswer;
+    const Failure failure = nobody_there ? Failure::kFinal : Classify(sent, reply);
     if (limit != nullptr) {
       limit->Release(std::max(reply.http.received, static_cast<int64_t>(request.body.size())),
                      failure == Failure::kThrottled);

@@ -7,6 +7,7 @@
 // not hold), Aborted (409), DataLoss (not what was asked for). Thread-safe; calls block.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -82,6 +83,7 @@ class S3Client {
   bool LearnTime(const HttpResponse& response);
 
   const S3Options options_;
+  std::atomic<bool> answered_ = false;  // there is a server
   HttpClient http_;
   AwsCredentialChain credentials_;
   RetryBudget budget_;

@@ -44,6 +44,25 @@ def free_ports(count):
     raise AssertionError("no free ports")
 
 
+def wait_for_bucket(filer_port, environment, alive, log):
+    """Until the bucket "models" is there and is listed."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            # Buckets are folders of the filer, which asks nobody for a name.
+            filer = http.client.HTTPConnection("127.0.0.1", filer_port, timeout=5)
+            filer.request("POST", "/buckets/models/")
+            filer.getresponse().read()
+            filer.close()
+            probe = subprocess.run([PEWTER, "inspect", "s3://models/none"], env=environment, capture_output=True, text=True)
+            if "is not a checkpoint" in probe.stderr:
+                return
+        except OSError:
+            pass  # not up yet
+        assert alive() and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """The environment of a user of the store, with a bucket "models"."""
@@ -62,31 +81,19 @@ def s3(tmp_path_factory):
     command += f" -s3.port.iceberg=0 -s3.port.lance=0 -s3.config={folder}/s3.json"
     with open(folder / "log", "wb") as log:
         server = subprocess.Popen(command.split(), stdout=log, stderr=log)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    environment |= {
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port + 3}",
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-    }
-    # Buckets are folders of the filer, which asks nobody for a name.
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            filer = http.client.HTTPConnection("127.0.0.1", port + 2, timeout=5)
-            filer.request("POST", "/buckets/models/")
-            filer.getresponse().read()
-            filer.close()
-            probe = subprocess.run([PEWTER, "inspect", "s3://models/none"], env=environment, capture_output=True, text=True)
-            if "is not a checkpoint" in probe.stderr:
-                break
-        except OSError:
-            pass  # not up yet
-        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-        time.sleep(0.2)
-    yield environment
-    server.kill()
-    server.wait()
+    try:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        environment |= {
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port + 3}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+        }
+        wait_for_bucket(port + 2, environment, lambda: server.poll() is None, folder / "log")
+        yield environment
+    finally:
+        server.kill()
+        server.wait()
 
 
 def pewter(environment, *words, code=0):
