@@ -29,4 +29,13 @@ absl::StatusOr<ForwardModel> AlignedModel(std::shared_ptr<const Symmetry> symmet
   return aligned;
 }
 
+absl::StatusOr<ForwardModel> AlignedModel(std::shared_ptr<const Symmetry> symmetry,
+                                          std::shared_ptr<const Checkpoint> model,
+                                          Alignment alignment) {
+  RETURN_IF_ERROR(CheckAlignment(*symmetry, alignment));
+  auto slot = std::make_shared<AlignmentSlot>();
+  slot->Set(std::make_shared<const Alignment>(std::move(alignment)));
+  return AlignedModel(std::move(symmetry), std::move(model), std::move(slot));
+}
+
 }  // namespace pewter

@@ -16,5 +16,9 @@ namespace pewter {
 absl::StatusOr<ForwardModel> AlignedModel(std::shared_ptr<const Symmetry> symmetry,
                                           std::shared_ptr<const Checkpoint> model,
                                           std::shared_ptr<const AlignmentSlot> slot);
+// By an alignment that is known. FailedPrecondition for one that the symmetry does not allow.
+absl::StatusOr<ForwardModel> AlignedModel(std::shared_ptr<const Symmetry> symmetry,
+                                          std::shared_ptr<const Checkpoint> model,
+                                          Alignment alignment);
 
 }  // namespace pewter

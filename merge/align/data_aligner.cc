@@ -8,11 +8,12 @@
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
 #include "merge/align/activation_matching.h"
-#include "merge/align/interpolation.h"
+#include "merge/align/aligned_model.h"
 #include "merge/align/staged.h"
 #include "merge/align/weight_matching.h"
 #include "merge/forward/collect.h"
 #include "merge/forward/evaluate.h"
+#include "merge/forward/interpolation.h"
 
 namespace pewter {
 namespace {
@@ -20,8 +21,9 @@ namespace {
 using nlohmann::json;
 
 // The run's checkpoints outlive what is made of them here.
-std::shared_ptr<const Checkpoint> Borrowed(const Checkpoint& checkpoint) {
-  return {std::shared_ptr<void>(), &checkpoint};
+template <class T>
+std::shared_ptr<const T> Borrowed(const T& value) {
+  return {std::shared_ptr<void>(), &value};
 }
 
 class DataAligner final : public Aligner {
@@ -122,8 +124,10 @@ class DataAligner final : public Aligner {
   }
 
   absl::StatusOr<double> LossHalfWay(const AlignerRun& run, const Alignment& alignment) const {
-    ASSIGN_OR_RETURN(const ForwardModel model, Interpolate(run.symmetry, Borrowed(run.reference),
-                                                           Borrowed(run.model), alignment, 0.5));
+    ASSIGN_OR_RETURN(const ForwardModel reference, MakeForwardModel(Borrowed(run.reference)));
+    ASSIGN_OR_RETURN(const ForwardModel aligned,
+                     AlignedModel(Borrowed(run.symmetry), Borrowed(run.model), alignment));
+    const ForwardModel model = Interpolate(reference, aligned, 0.5);
     ASSIGN_OR_RETURN(const Metric metric, DefaultMetric(model));
     ASSIGN_OR_RETURN(const Evaluation evaluation,
                      Evaluate(model, options_.data, metric, Forward(run)));

@@ -287,7 +287,7 @@ TEST_F(AlignRefusedTest, WordsOfTheRecipe) {
     Refused(With(align), absl::StatusCode::kInvalidArgument, AllOf(HasSubstr(at), HasSubstr(what)));
   };
   invalid("groups: [ffn]", "recipe:4:8", "`align` has no `reference`");
-  invalid("reference: ./llama_a, method: guess", "recipe:4:38", "one of permutation, staged, cca");
+  invalid("reference: ./llama_a, method: guess", "recipe:4:39", "one of permutation, staged, cca");
   invalid("reference: ./llama_a, evidence: hearsay", "recipe:4:41", "one of activations, weights");
   invalid("reference: ./llama_a, heads: none", "recipe:4:38", "one of permutation, orthogonal");
   invalid("reference: ./llama_a, groups: [ffn, tails]", "recipe:4:45",

@@ -21,12 +21,13 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/backends.h"
+#include "merge/align/aligned_model.h"
 #include "merge/align/data_aligner.h"
-#include "merge/align/interpolation.h"
 #include "merge/align/least_squares.h"
 #include "merge/checkpoint/architecture.h"
 #include "merge/forward/collect.h"
 #include "merge/forward/evaluate.h"
+#include "merge/forward/interpolation.h"
 #include "store/file_store.h"
 #include "tests/support/matchers.h"
 #include "tests/support/tiny_model.h"
@@ -81,13 +82,18 @@ class Pair {
   const Checkpoint& b() const { return *models_[1]; }
   kernels::Backend& backend() { return *backend_; }
 
+  ForwardModel Between(const Alignment& alignment, double lambda) const {
+    const auto reference = MakeForwardModel(models_[0]);
+    EXPECT_THAT(reference, IsOk());
+    const auto aligned = AlignedModel(symmetry_, models_[1], alignment);
+    EXPECT_THAT(aligned, IsOk());
+    return Interpolate(*reference, *aligned, lambda);
+  }
   double Loss(const Alignment& alignment, double lambda, const std::string& data) {
-    const auto model = Interpolate(*symmetry_, models_[0], models_[1], alignment, lambda);
-    EXPECT_THAT(model, IsOk());
+    const ForwardModel model = Between(alignment, lambda);
     const auto opened = ForwardData::Open(data);
     EXPECT_THAT(opened, IsOk());
-    const auto evaluation =
-        Evaluate(*model, *opened, Metric::kMlmLoss, {.backend = backend_.get()});
+    const auto evaluation = Evaluate(model, *opened, Metric::kMlmLoss, {.backend = backend_.get()});
     EXPECT_THAT(evaluation, IsOk());
     return evaluation.ok() ? evaluation->loss : NAN;
   }
@@ -105,7 +111,7 @@ class Pair {
   }
 
   std::vector<std::shared_ptr<const Checkpoint>> models_;
-  std::unique_ptr<Symmetry> symmetry_;
+  std::shared_ptr<const Symmetry> symmetry_;
   std::unique_ptr<kernels::Backend> backend_;
   std::shared_ptr<const StatisticsReader> reader_;
 };
@@ -268,8 +274,7 @@ class HeldSource final : public TensorSource {
 };
 
 double Pair::FittedLoss(const Alignment& alignment, const Ridge& ridge, const std::string& data) {
-  auto model = Interpolate(*symmetry_, models_[0], models_[1], alignment, 0.5);
-  EXPECT_THAT(model, IsOk());
+  ForwardModel model = Between(alignment, 0.5);
   auto fitted =
       std::make_shared<std::map<std::string, std::shared_ptr<const TensorSource>, std::less<>>>();
   EXPECT_THAT(FitLinearLayers(*symmetry_, a(), b(), alignment, moments(), 1, ridge,
@@ -282,15 +287,15 @@ double Pair::FittedLoss(const Alignment& alignment, const Ridge& ridge, const st
                               }),
               IsOk());
   EXPECT_EQ(fitted->size(), 2u * (3 * 6 + 1));
-  model->tensors =
-      [fitted, mean = model->tensors](
+  model.tensors =
+      [fitted, mean = model.tensors](
           absl::string_view name) -> absl::StatusOr<std::shared_ptr<const TensorSource>> {
     const auto found = fitted->find(name);
     return found == fitted->end() ? mean(name) : found->second;
   };
   const auto opened = ForwardData::Open(data);
   EXPECT_THAT(opened, IsOk());
-  const auto evaluation = Evaluate(*model, *opened, Metric::kMlmLoss, {.backend = backend_.get()});
+  const auto evaluation = Evaluate(model, *opened, Metric::kMlmLoss, {.backend = backend_.get()});
   EXPECT_THAT(evaluation, IsOk());
   return evaluation.ok() ? evaluation->loss : NAN;
 }
