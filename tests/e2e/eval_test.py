@@ -49,7 +49,9 @@ def test_text_and_quiet(causal):
     model, data, loss, accuracy, _ = causal
     text = evaluate(model, "--data", data)
     assert text.returncode == DONE, text.stderr
-    assert f"{loss:.4f}" in text.stdout and f"{accuracy:.4f}" in text.stdout
+    rows = dict(line.split(maxsplit=1) for line in text.stdout.splitlines())
+    assert float(rows["Loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(rows["Accuracy"]) == pytest.approx(accuracy, abs=1e-4)
     quiet = evaluate(model, "--data", data, "-q", "--metric", "accuracy")
     assert float(quiet.stdout) == pytest.approx(accuracy)
 
