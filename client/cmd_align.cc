@@ -25,6 +25,7 @@ struct Arguments {
   std::string groups;
   std::string heads;
   std::string calibration;
+  std::string verify;
   int restarts = 1;
   bool print_yaml = false;
   PlanArguments plan;
@@ -37,6 +38,7 @@ std::string RecipeText(const Arguments& arguments) {
   if (!arguments.evidence.empty()) align["evidence"] = arguments.evidence;
   if (!arguments.heads.empty()) align["heads"] = arguments.heads;
   if (!arguments.calibration.empty()) align["calibration"] = arguments.calibration;
+  if (!arguments.verify.empty()) align["verify"] = arguments.verify;
   if (!arguments.groups.empty()) {
     const std::vector<std::string> groups = absl::StrSplit(arguments.groups, ',');
     align["groups"] = groups;
@@ -94,7 +96,11 @@ CommandBody DeclareAlign(CLI::App& app) {
       ->check(CLI::IsMember({"permutation", "orthogonal"}))
       ->group(kAlignment);
   app.add_option("--calibration", arguments->calibration, "Data that activations are measured on")
-      ->type_name(kPathType)
+      ->type_name(kFileType)
+      ->group(kAlignment);
+  app.add_option("--verify", arguments->verify,
+                 "Data on which the aligned model must have the model's loss, before it is written")
+      ->type_name(kFileType)
       ->group(kAlignment);
   app.add_option("--restarts", arguments->restarts,
                  "Ways through the groups, drawn by --seed, of which the best counts")

@@ -193,7 +193,8 @@ Json RecipeSchema() {
                {{"type", "array"},
                 {"items", {{"enum", {"ffn", "heads", "residual", "pooler", "output_head"}}}}}},
               {"heads", {{"enum", {"permutation", "orthogonal"}}}},
-              {"calibration", {{"type", "string"}}},
+              {"calibration", Reference("model")},
+              {"verify", Reference("model")},
               {"restarts", {{"type", "integer"}, {"minimum", 1}, {"maximum", 1000}}}},
              {"reference"});
   Json recipe =

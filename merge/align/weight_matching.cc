@@ -20,7 +20,6 @@ namespace pewter {
 namespace {
 
 using kernels::Assignment;
-using kernels::AssignmentProblem;
 using kernels::ConstMatrix;
 using kernels::LinearAlgebra;
 using kernels::Matrix;

@@ -1,15 +1,19 @@
 #include "merge/engine/alignments.h"
 
+#include <cmath>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/digest.h"
 #include "base/status.h"
 #include "kernels/backends.h"
+#include "merge/align/aligned_model.h"
 #include "merge/align/aligner.h"
 #include "merge/align/alignment.h"
 #include "merge/engine/manifest.h"
+#include "merge/forward/evaluate.h"
 
 namespace pewter {
 namespace {
@@ -53,6 +57,38 @@ absl::StatusOr<Alignment> Find(const Plan& plan, const PlanAlignment& alignment,
   return found;
 }
 
+// The model alone, before and after: a loss that moves by more than rounding explains is our bug or
+// a fault of the alignment, and the merge is not made.
+absl::Status Verify(const Plan& plan, const PlanAlignment& alignment, const AlignmentRun& run,
+                    Alignment& found) {
+  constexpr double kTolerance = 1e-4;  // relative
+  ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan.options.device));
+  ASSIGN_OR_RETURN(const std::unique_ptr<kernels::Backend> backend,
+                   kernels::OpenBackend(device, plan.options.threads));
+  const ForwardOptions options{
+      .backend = backend.get(), .memory_bytes = plan.options.memory_bytes, .stop = run.stop};
+  const auto& checkpoint = plan.models[alignment.model].checkpoint;
+  ASSIGN_OR_RETURN(const ForwardModel model, MakeForwardModel(checkpoint));
+  const auto slot = std::make_shared<AlignmentSlot>();
+  slot->Set(std::make_shared<const Alignment>(found));
+  ASSIGN_OR_RETURN(const ForwardModel aligned, AlignedModel(alignment.symmetry, checkpoint, slot));
+  ASSIGN_OR_RETURN(const Metric metric, DefaultMetric(model));
+  ASSIGN_OR_RETURN(const Evaluation before, Evaluate(model, alignment.verify, metric, options));
+  ASSIGN_OR_RETURN(const Evaluation after, Evaluate(aligned, alignment.verify, metric, options));
+  if (!(std::abs(after.loss - before.loss) <= kTolerance * std::abs(before.loss))) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the aligned model does not compute what the model does: its loss on ",
+                     alignment.verify->name(), " is ", after.loss, ", the model's ", before.loss));
+  }
+  auto report = nlohmann::json::parse(found.report.empty() ? "{}" : found.report);
+  report["verified"] = {{"data", alignment.verify->name()},
+                        {"predictions", before.tokens},
+                        {"loss", before.loss},
+                        {"loss_aligned", after.loss}};
+  found.report = report.dump();
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status FindAlignments(const Plan& plan, const AlignmentRun& run) {
@@ -64,6 +100,9 @@ absl::Status FindAlignments(const Plan& plan, const AlignmentRun& run) {
     if (!found.ok()) found = Find(plan, alignment, run);
     if (!found.ok()) return Annotate(found.status(), what);
     RETURN_IF_ERROR(Annotate(CheckAlignment(*alignment.symmetry, *found), what));
+    if (alignment.verify != nullptr) {
+      RETURN_IF_ERROR(Annotate(Verify(plan, alignment, run, *found), what));
+    }
     ASSIGN_OR_RETURN(const std::string file, SerializeAlignment(*found));
     RETURN_IF_ERROR(run.write(alignment.file, file));
     alignment.slot->Set(std::make_shared<const Alignment>(*std::move(found)));

@@ -414,6 +414,25 @@ class Planner {
                        ? "alignment.safetensors"
                        : absl::StrCat("alignment-", i + 1, "-of-", moved.size(), ".safetensors")});
     }
+    return align.verify ? VerifyAlignments(*align.verify) : absl::OkStatus();
+  }
+
+  // That the models can be run on the data.
+  absl::Status VerifyAlignments(const ModelRef& file) {
+    const auto data = ForwardData::Open(file.path);
+    if (!data.ok()) return Annotate(data.status(), file.at.ToString());
+    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
+    for (PlanAlignment& alignment : plan_.alignments) {
+      ASSIGN_OR_RETURN(const ForwardModel model,
+                       MakeForwardModel(plan_.models[alignment.model].checkpoint));
+      const auto metric = DefaultMetric(model);
+      if (!metric.ok()) return Annotate(metric.status(), file.at.ToString());
+      RETURN_IF_ERROR(Annotate(
+          CheckEvaluation(model, *data, *metric,
+                          {.backend = backend.get(), .memory_bytes = plan_.options.memory_bytes}),
+          file.at.ToString()));
+      alignment.verify = *data;
+    }
     return absl::OkStatus();
   }
 

@@ -24,6 +24,7 @@ namespace pewter {
 
 class Aligner;        // merge/align/aligner.h
 class AlignmentSlot;  // likewise
+class ForwardData;    // merge/forward/data.h
 class Symmetry;       // merge/align/symmetry.h
 
 struct PlanOptions {
@@ -117,6 +118,8 @@ struct PlanAlignment {
   std::shared_ptr<const Aligner> aligner;
   std::shared_ptr<AlignmentSlot> slot;  // what the model's views wait for
   std::string file;                     // of the output, for the alignment
+  // The model must have the same loss before and after on this; null: nobody asked.
+  std::shared_ptr<const ForwardData> verify;
 };
 
 struct EvaluationPlan;  // merge/evaluate/evaluation.h

@@ -234,6 +234,84 @@ TEST_F(AlignMergeTest, IsStoppedWhileItAligns) {
   EXPECT_EQ(ReadFile(out + "/model.safetensors"), ReadFile(folder_ / "whole/model.safetensors"));
 }
 
+// Tokens of a golden's vocabulary, every fourth of them to be predicted.
+void WriteTokens(const std::string& path) {
+  testing::TinyTensor ids = {.name = "input_ids", .dtype = DType::kI64, .shape = {6, 16}};
+  testing::TinyTensor labels = {.name = "labels", .dtype = DType::kI64, .shape = {6, 16}};
+  for (int i = 0; i < 96; ++i) {
+    ids.values.push_back((i * 37 + 11) % 96);
+    labels.values.push_back(i % 4 == 0 ? (i * 53) % 96 : -100);
+  }
+  testing::WriteSafetensors(path, {ids, labels});
+}
+
+TEST_F(AlignMergeTest, IsVerifiedOnData) {
+  const AlignmentGolden& golden = Golden("bert_mlm");
+  const std::string data = folder_ / "data.safetensors";
+  WriteTokens(data);
+  const auto plan = MakePlanOf(AlignOnly(golden, ", verify: " + data));
+  ASSERT_THAT(plan, IsOk());
+  const auto manifest = RunPlan(*plan, {.output = folder_ / "out"});
+  ASSERT_THAT(manifest, IsOk());
+  const json verified =
+      json::parse(manifest->json).at("alignments").at(0).at("report").at("verified");
+  EXPECT_EQ(verified.at("predictions"), 24);
+  const double loss = verified.at("loss");
+  EXPECT_GT(loss, 1);
+  EXPECT_NEAR(verified.at("loss_aligned"), loss, 1e-5 * loss);
+  // Linear maps of feed-forward units are allowed by the tensors and not by what is between them.
+  const int64_t width = golden.symmetry.groups()[golden.symmetry.FindGroup("ff.0")].width;
+  Alignment turned = {.family = "bert"};
+  BlockTransform& turn = turned.groups["ff.0"].transform;
+  turn = {.blocks = width / 2, .dim = 2};
+  for (int64_t block = 0; block < width / 2; ++block) {
+    turn.forward.insert(turn.forward.end(), {0.6, -0.8, 0.8, 0.6});
+    turn.inverse.insert(turn.inverse.end(), {0.6, 0.8, -0.8, 0.6});
+  }
+  const std::string file = *SerializeAlignment(turned);
+  folder_.Write("bad/alignment.safetensors", file);
+  folder_.Write(
+      absl::StrCat("bad/", kStateFile),
+      RunState{plan->fingerprint, {}, {{"alignment.safetensors", Sha256::Of(file)}}}.ToJson());
+  EXPECT_THAT(RunPlan(*plan, {.output = folder_ / "bad", .mode = OutputMode::kResume}),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       HasSubstr("the aligned model does not compute what the model does")));
+  EXPECT_FALSE(fs::exists(folder_ / "bad/model.safetensors"));
+
+  EXPECT_THAT(MakePlanOf(AlignOnly(golden, ", verify: " + data + "x")),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("recipe:3:")));
+  EXPECT_THAT(MakePlanOf(AlignOnly(Golden("llama_gqa"), ", verify: nowhere+adapter")),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("has no adapter")));
+}
+
+TEST_F(AlignMergeTest, CurvesAreOfBothWays) {
+  const AlignmentGolden& golden = Golden("bert_mlm");
+  const std::string data = folder_ / "data.safetensors";
+  WriteTokens(data);
+  const auto manifest =
+      Merge(absl::StrCat(
+                "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: ", golden.folder,
+                "/a}, {model: ", golden.folder, "/b}]\nalign: {reference: ", golden.folder,
+                "/a}\nevaluate: {data: ", data, ", barrier_points: 5}\n"),
+            {.output = folder_ / "out"});
+  ASSERT_THAT(manifest, IsOk());
+  const json report = json::parse(ReadFile(folder_ / "out/evaluation.json"));
+  const json& curves = report.at("lines").at(0).at("curves");
+  ASSERT_EQ(curves.size(), 2u);
+  EXPECT_EQ(curves[0].at("label"), "not aligned");
+  EXPECT_EQ(curves[1].at("label"), "aligned");
+  const auto& plain = curves[0].at("points");
+  const auto& aligned = curves[1].at("points");
+  // The ends are the models; between them, aligned ones are nearly the same model.
+  const auto loss = [](const json& points, size_t i) {
+    return points.at(i).at("loss").get<double>();
+  };
+  EXPECT_NEAR(loss(plain, 0), loss(aligned, 0), 1e-4);
+  EXPECT_NEAR(loss(plain, 4), loss(aligned, 4), 1e-4);
+  EXPECT_LT(std::abs(loss(aligned, 2) - loss(aligned, 0)), 0.1);
+  EXPECT_GT(std::abs(loss(plain, 2) - loss(plain, 0)), 0.1);
+}
+
 TEST_F(AlignMergeTest, NeedsItsMemory) {
   EXPECT_THAT(MakePlanOf(AlignOnly(Golden("gpt2")), {.memory_bytes = 100'000}),
               StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("raise --memory")));

@@ -13,11 +13,11 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "alignment_goldens.h"
 #include "kernels/assignment.h"
 #include "kernels/backend.h"
 #include "merge/checkpoint/safetensors.h"
 #include "store/object_store.h"
-#include "alignment_goldens.h"
 #include "tests/support/matchers.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
@@ -218,7 +218,9 @@ TEST(AssignmentGoldenTest, OptimaAreTheReferences) {
     return bytes;
   };
   int compared = 0;
-  for (const auto& [name, golden] : cases.items()) {
+  for (const auto& entry : cases.items()) {
+    const std::string& name = entry.key();
+    const json& golden = entry.value();
     if (!golden.is_object() || !golden.contains("optimum")) continue;
     SCOPED_TRACE(name);
     const auto it = infos.contains(name) ? infos.find(name) : infos.find(name + ".cost");
@@ -272,7 +274,7 @@ TEST(AssignmentGoldenTest, OptimaAreTheReferences) {
 class MapsTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    const json config = {{"architectures", {"BertForMaskedLM"}},
+    const json config = {{"architectures", json::array({"BertForMaskedLM"})},
                          {"model_type", "bert"},
                          {"num_hidden_layers", 1},
                          {"num_attention_heads", 2}};

@@ -99,7 +99,7 @@ class SmallModelsTest : public ::testing::Test {
   }
 
   static json LlamaConfig(int heads, int kv_heads) {
-    return {{"architectures", {"LlamaForCausalLM"}},
+    return {{"architectures", json::array({"LlamaForCausalLM"})},
             {"model_type", "llama"},
             {"num_hidden_layers", 1},
             {"num_attention_heads", heads},
@@ -121,7 +121,7 @@ class SmallModelsTest : public ::testing::Test {
             {"model.norm.weight", {8}}};
   }
   static json BertConfig() {
-    return {{"architectures", {"BertForMaskedLM"}},
+    return {{"architectures", json::array({"BertForMaskedLM"})},
             {"model_type", "bert"},
             {"num_hidden_layers", 0},
             {"num_attention_heads", 2},
@@ -197,7 +197,7 @@ TEST_F(SmallModelsTest, UnknownTensorsAndFamiliesAreRefused) {
                              HasSubstr("do not say how it is aligned"))));
   json config = LlamaConfig(4, 2);
   config["model_type"] = "gemma";
-  config["architectures"] = {"GemmaForCausalLM"};
+  config["architectures"] = json::array({"GemmaForCausalLM"});
   EXPECT_THAT(SymmetryOf({Model("b", config, LlamaShapes())}),
               StatusIs(absl::StatusCode::kFailedPrecondition,
                        AllOf(HasSubstr("model type gemma"), HasSubstr("can be aligned of: bert"))));
