@@ -8,6 +8,7 @@
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "merge/align/data_aligner.h"
 #include "merge/align/weight_matching.h"
 
 namespace pewter {
@@ -188,23 +189,46 @@ class LaterSource final : public TensorSource {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& recipe,
-                                                           const Symmetry& symmetry) {
-  constexpr absl::string_view kLater = " is not supported by this version of Pewter";
-  if (recipe.method == RecipeAlign::Method::kStaged) {
-    return At(recipe.method_at, absl::StrCat("`method: staged`", kLater));
-  }
+                                                           const Symmetry& symmetry,
+                                                           std::shared_ptr<const ForwardData> data,
+                                                           int64_t memory_bytes) {
+  const bool staged = recipe.method == RecipeAlign::Method::kStaged;
+  const bool orthogonal = recipe.heads == RecipeAlign::Heads::kOrthogonal;
+  const bool activations = recipe.evidence == RecipeAlign::Evidence::kActivations;
   if (recipe.method == RecipeAlign::Method::kCca) {
-    return At(recipe.method_at, absl::StrCat("`method: cca`", kLater));
+    return At(recipe.method_at, "`method: cca` is not supported by this version of Pewter");
   }
-  if (recipe.heads == RecipeAlign::Heads::kOrthogonal) {
-    return At(recipe.heads_at, absl::StrCat("`heads: orthogonal`", kLater));
+  if (staged && data == nullptr) {
+    return At(recipe.method_at, "`method: staged` needs data: `calibration: FILE`");
   }
-  if (recipe.evidence == RecipeAlign::Evidence::kActivations) {
+  if (activations && data == nullptr) {
     return At(recipe.evidence_at,
-              absl::StrCat("`evidence: activations`, which `calibration` is for,", kLater,
-                           "; `evidence: weights` needs no data"));
+              "`evidence: activations` needs data: `calibration: FILE`; `evidence: weights` needs "
+              "none");
   }
   ASSIGN_OR_RETURN(std::vector<GroupKind> kinds, KindsOf(recipe, symmetry));
+  if (orthogonal) {
+    if (!staged && !activations) {
+      return At(recipe.heads_at,
+                "`heads: orthogonal` needs data: `calibration: FILE`, and activations as evidence");
+    }
+    const bool any = absl::c_any_of(symmetry.attentions(), [](const Attention& attention) {
+      return !attention.rotary && !attention.normed && attention.heads == attention.kv_heads;
+    });
+    if (!any) {
+      return At(recipe.heads_at,
+                "`heads: orthogonal` is no symmetry of these models: it needs attention without "
+                "rotary positions, with keys and values of each head's own");
+    }
+  }
+  if (staged || activations) {
+    return MakeDataAligner({.data = std::move(data),
+                            .staged = staged,
+                            .orthogonal = orthogonal,
+                            .kinds = std::move(kinds),
+                            .ways = recipe.restarts,
+                            .memory_bytes = memory_bytes});
+  }
   return std::make_shared<WeightAligner>(std::move(kinds), recipe.restarts,
                                          WeightMatchingBytes(symmetry));
 }

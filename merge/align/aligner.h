@@ -20,6 +20,7 @@
 #include "merge/align/alignment.h"
 #include "merge/align/symmetry.h"
 #include "merge/checkpoint/checkpoint.h"
+#include "merge/forward/data.h"
 #include "merge/recipe/recipe.h"
 #include "store/object_store.h"
 
@@ -48,10 +49,14 @@ class Aligner {
   virtual absl::StatusOr<Alignment> Align(const AlignerRun& run) const = 0;
 };
 
-// InvalidArgument with the recipe's line for a value that is not supported or a group that the
-// models do not have.
+// `data` is what `calibration` names, null without it; `memory_bytes` are for the passes over it.
+// InvalidArgument with the recipe's line for a value that is not supported, a group that the models
+// do not have, data that is missing, and orthogonal maps of heads that the architecture does not
+// allow.
 absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& recipe,
-                                                           const Symmetry& symmetry);
+                                                           const Symmetry& symmetry,
+                                                           std::shared_ptr<const ForwardData> data,
+                                                           int64_t memory_bytes);
 
 class AlignmentSlot {
  public:

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "base/digest.h"
 #include "base/status.h"
 #include "kernels/backends.h"
@@ -21,10 +22,10 @@ namespace {
 absl::StatusOr<Alignment> ReadWritten(const PlanAlignment& plan, const AlignmentRun& run) {
   const auto digest = run.written.find(plan.file);
   if (digest == run.written.end()) return absl::NotFoundError("not written yet");
-  ASSIGN_OR_RETURN(const ObjectStat stat, run.output.Stat(plan.file));
-  ASSIGN_OR_RETURN(const std::string sha256, Sha256OfObject(run.output, plan.file, stat.size));
+  ASSIGN_OR_RETURN(const ObjectStat stat, run.output->Stat(plan.file));
+  ASSIGN_OR_RETURN(const std::string sha256, Sha256OfObject(*run.output, plan.file, stat.size));
   if (sha256 != digest->second) return absl::DataLossError("not the file that was written");
-  ASSIGN_OR_RETURN(Alignment alignment, ReadAlignment(run.output, plan.file));
+  ASSIGN_OR_RETURN(Alignment alignment, ReadAlignment(*run.output, plan.file));
   RETURN_IF_ERROR(CheckAlignment(*plan.symmetry, alignment));
   return alignment;
 }
@@ -38,17 +39,19 @@ absl::StatusOr<Alignment> Find(const Plan& plan, const PlanAlignment& alignment,
                   &model = plan.models[alignment.model];
   ASSIGN_OR_RETURN(
       Alignment found,
-      alignment.aligner->Align({.symmetry = *alignment.symmetry,
-                                .reference = *reference.checkpoint,
-                                .model = *model.checkpoint,
-                                .backend = *backend,
-                                .threads = plan.options.threads,
-                                .seed = plan.options.seed,
-                                .check = [&]() -> absl::Status {
-                                  return run.stop.stop_requested()
-                                             ? absl::CancelledError("the merge was stopped")
-                                             : absl::OkStatus();
-                                }}));
+      alignment.aligner->Align(
+          {.symmetry = *alignment.symmetry,
+           .reference = *reference.checkpoint,
+           .model = *model.checkpoint,
+           .backend = *backend,
+           .threads = plan.options.threads,
+           .seed = plan.options.seed,
+           .check = [&]() -> absl::Status {
+             return run.stop.stop_requested() ? absl::CancelledError("the merge was stopped")
+                                              : absl::OkStatus();
+           },
+           .store = run.output,
+           .statistics = absl::StrReplaceAll(alignment.file, {{"alignment", "statistics"}})}));
   found.family = alignment.symmetry->family();
   found.reference = reference.ref;
   found.reference_fingerprint = AlignmentFingerprint(*alignment.symmetry, *reference.checkpoint);

@@ -14,7 +14,7 @@
 namespace pewter {
 
 struct AlignmentRun {
-  ObjectStore& output;
+  std::shared_ptr<ObjectStore> output;
   // Digests of the files that the interrupted run of this plan has written, by name; one that is
   // as it was is used again.
   const std::map<std::string, std::string>& written;

@@ -371,7 +371,7 @@ TensorRun::Environment Run::EnvironmentOf(ShardWriter* writer) {
 
 absl::Status Run::Align() {
   return FindAlignments(
-      plan_, {.output = *output_,
+      plan_, {.output = output_,
               .written = state_.artefacts,
               .current =
                   [this](const std::string& what) {

@@ -402,7 +402,15 @@ class Planner {
     auto made = Symmetry::Make(**architecture, models);
     if (!made.ok()) return Annotate(made.status(), align.at.ToString());
     const auto symmetry = std::make_shared<const Symmetry>(*std::move(made));
-    ASSIGN_OR_RETURN(const std::shared_ptr<const Aligner> aligner, MakeAligner(align, *symmetry));
+    std::shared_ptr<const ForwardData> data;
+    if (align.calibration) {
+      auto opened = ForwardData::Open(align.calibration->path);
+      if (!opened.ok()) return Annotate(opened.status(), align.calibration->at.ToString());
+      data = *std::move(opened);
+      RETURN_IF_ERROR(Annotate(CheckReadable(models, data), align.calibration->at.ToString()));
+    }
+    ASSIGN_OR_RETURN(const std::shared_ptr<const Aligner> aligner,
+                     MakeAligner(align, *symmetry, data, plan_.options.memory_bytes));
     for (size_t i = 0; i < moved.size(); ++i) {
       plan_.alignments.push_back(
           {.model = moved[i],
@@ -415,6 +423,19 @@ class Planner {
                        : absl::StrCat("alignment-", i + 1, "-of-", moved.size(), ".safetensors")});
     }
     return align.verify ? VerifyAlignments(*align.verify) : absl::OkStatus();
+  }
+
+  // That the models can be run on the data together.
+  absl::Status CheckReadable(absl::Span<const std::shared_ptr<const Checkpoint>> checkpoints,
+                             std::shared_ptr<const ForwardData> data) const {
+    std::vector<ForwardModel> models;
+    for (const auto& checkpoint : checkpoints) {
+      ASSIGN_OR_RETURN(models.emplace_back(), MakeForwardModel(checkpoint));
+    }
+    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
+    return ForwardPass::Open(models, std::move(data),
+                             {.backend = backend.get(), .memory_bytes = plan_.options.memory_bytes})
+        .status();
   }
 
   // That the models can be run on the data.

@@ -111,3 +111,25 @@ def test_barrier_of_the_real_pair(cli, tmp_path):
     curve = json.loads((tmp_path / "out/evaluation.json").read_text())["lines"][0]["curves"][0]
     assert curve["barrier"] == pytest.approx(2.443, abs=0.002)
     assert [point["loss"] for point in curve["points"]] == pytest.approx([3.609, 6.059, 3.624], abs=0.001)
+
+
+@pytest.mark.skipif(not PAIR.exists(), reason=f"{PAIR} is not there")
+@pytest.mark.parametrize("align, barrier", [
+    ({"groups": ["ffn", "heads"]}, 1.953),
+    ({"groups": ["ffn", "heads"], "heads": "orthogonal"}, 1.80),
+    ({"method": "staged", "heads": "orthogonal"}, 1.541),
+])
+def test_barrier_after_alignment(cli, tmp_path, align, barrier):
+    """At most what an independent implementation reached on the same data; the ends stay the models."""
+    (tmp_path / "a").symlink_to(PAIR / "a")
+    (tmp_path / "b").symlink_to(PAIR / "b")
+    evaluate = {"data": str(PAIR / "eval.safetensors"), "barrier_points": 3}
+    recipe = json.loads(write_recipe(tmp_path, evaluate).read_text())
+    recipe["align"] = {"reference": str(tmp_path / "a"), "calibration": str(PAIR / "align_tokens.safetensors"), **align}
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    cli("merge", "recipe.yml", "out")
+    plain, aligned = json.loads((tmp_path / "out/evaluation.json").read_text())["lines"][0]["curves"]
+    assert (plain["label"], aligned["label"]) == ("not aligned", "aligned")
+    assert aligned["barrier"] < barrier + 0.02 < plain["barrier"]
+    for end in (0, -1):
+        assert aligned["points"][end]["loss"] == pytest.approx(plain["points"][end]["loss"], abs=1e-4)
