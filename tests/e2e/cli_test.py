@@ -601,7 +601,20 @@ def test_methods(cli):
 def write_models_of(cli, recipe):
     """The models that an example recipe names, as tiny fine-tunes of one base."""
     for i, name in enumerate(sorted(set(re.findall(r"\./[\w-]+", recipe)))):
-        write_llama(cli.folder / name, seed=30 + i)
+        tensors = write_llama(cli.folder / name, seed=30 + i)
+        if f"{name}.statistics.safetensors" in recipe:
+            write_statistics(cli.folder / f"{name}.statistics.safetensors", tensors)
+
+
+def write_statistics(path, tensors):
+    """What fisher takes of a model, a number for each of its weights, or regmean: Gram matrices of its layers' inputs."""
+    statistics = {name: np.abs(array).astype(np.float32) for name, array in tensors.items()}
+    for name, array in tensors.items():
+        if name.endswith("_proj.weight"):
+            inputs = np.random.default_rng(1).normal(size=(64, array.shape[1]))
+            statistics[name.removesuffix(".weight") + ".gram.0.0"] = (inputs.T @ inputs).astype(np.float32)
+            statistics[name.removesuffix(".weight") + ".count"] = np.array([64])
+    write_safetensors(path, statistics)
 
 
 @pytest.mark.parametrize("method", json.loads(subprocess.run([PEWTER, "methods", "-o", "json"], capture_output=True, check=True).stdout),

@@ -199,7 +199,7 @@ def test_messages(adapters):
     assert missing.returncode == NOT_FOUND and "adapter_config.json" in missing.stderr
     assert "--adapters" in run("methods").stdout
     names = run("methods", "--adapters", "-q").stdout.split()
-    assert len(names) == 11 and "magnitude_prune_svd" in names
+    assert len(names) == 12 and {"magnitude_prune_svd", "drm"} <= set(names)
     assert [method["name"] for method in json.loads(run("methods", "--adapters", "-o", "json").stdout)] == names
     both = json.loads(run("methods", "ties", "-o", "json").stdout)
     assert both["base_model"] == "required" and both["adapters"]["output_format"] == "lora"
