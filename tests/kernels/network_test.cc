@@ -32,9 +32,15 @@ Dense Random(int64_t rows, int64_t columns, int seed, double scale = 1) {
 
 template <class T>
 std::vector<std::byte> Pack(const std::vector<T>& values) {
-  std::vector<std::byte> bytes(values.size() * sizeof(T));
-  std::memcpy(bytes.data(), values.data(), bytes.size());
-  return bytes;
+  const auto* const begin = reinterpret_cast<const std::byte*>(values.data());
+  return {begin, begin + values.size() * sizeof(T)};
+}
+
+template <class T>
+std::vector<T> Unpack(const std::vector<std::byte>& bytes) {
+  std::vector<T> values(bytes.size() / sizeof(T));
+  if (!bytes.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
 }
 
 double LargestError(const Dense& a, const Dense& wanted) {
@@ -75,9 +81,7 @@ class NetworkTest : public BackendTest {
     Floats view() { return {data(), rows_, columns_, stride_}; }
     float* data() { return reinterpret_cast<float*>(bytes_->data()); }
     Dense Fetch() {
-      const std::vector<std::byte> bytes = bytes_->Fetch();
-      std::vector<float> host(bytes.size() / sizeof(float));
-      std::memcpy(host.data(), bytes.data(), bytes.size());
+      const std::vector<float> host = Unpack<float>(bytes_->Fetch());
       Dense m(rows_, columns_);
       for (int64_t i = 0; i < rows_; ++i) {
         for (int64_t j = 0; j < stride_; ++j) {
@@ -99,10 +103,7 @@ class NetworkTest : public BackendTest {
   };
   template <class T>
   std::vector<T> FetchValues(DeviceBytes& bytes) {
-    const std::vector<std::byte> host = bytes.Fetch();
-    std::vector<T> values(host.size() / sizeof(T));
-    std::memcpy(values.data(), host.data(), host.size());
-    return values;
+    return Unpack<T>(bytes.Fetch());
   }
 
  private:
