@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/cleanup/cleanup.h"
 #include "base/status.h"
 
 namespace pewter {
@@ -32,7 +33,8 @@ struct ReadAhead::Intent {
   Fetch fetch;
   std::vector<Block> blocks;
   size_t position = 0;  // the block that was asked for last
-  int fetching = 0;
+  int fetching = 0;     // blocks
+  int readers = 0;      // calls of Read, from any thread: not all are the announcer's
   bool failed = false;  // nothing more is fetched ahead; a read gets the error
 
   int64_t SizeOf(size_t index) const {
@@ -89,7 +91,7 @@ void ReadAhead::Close(const std::shared_ptr<Intent>& intent) {
   by_object_.erase(
       std::find_if(first, last, [&](const auto& entry) { return entry.second == intent; }));
   intents_.remove(intent);
-  changed_.wait(lock, [&] { return intent->fetching == 0; });
+  changed_.wait(lock, [&] { return intent->fetching == 0 && intent->readers == 0; });
   for (size_t i = 0; i < intent->blocks.size(); ++i) {
     if (intent->blocks[i].state == Block::State::kThere) Drop(*intent, i);
   }
@@ -179,6 +181,10 @@ absl::StatusOr<bool> ReadAhead::Read(absl::string_view object, int64_t offset,
     }
   }
   if (intent == nullptr) return false;
+  ++intent->readers;
+  const absl::Cleanup leave = [&] {  // the lock is held wherever this returns
+    if (--intent->readers == 0) changed_.notify_all();
+  };
   while (!out.empty()) {
     const int64_t at = offset - intent->offset;
     const size_t index = at / kBlockBytes;

@@ -36,8 +36,8 @@ class ReadAhead {
 
   using Fetch = std::function<absl::Status(int64_t offset, absl::Span<std::byte> out)>;
   // Bytes [offset, offset + bytes) of `object` (any name that is its own) will be read. Until the
-  // returned object goes, which waits for what is being fetched, `fetch` may be called from other
-  // threads.
+  // returned object goes, which waits for what is being fetched or read, `fetch` may be called from
+  // other threads.
   std::shared_ptr<void> Announce(std::string object, int64_t offset, int64_t bytes, Fetch fetch);
 
   // True when the bytes are announced, and now in `out`; false when the caller must fetch them.
