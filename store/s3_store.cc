@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <latch>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -14,7 +15,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
-#include "absl/synchronization/blocking_counter.h"
 #include "base/digest.h"
 #include "base/status.h"
 #include "base/units.h"
@@ -477,15 +477,15 @@ absl::Status S3Store::ReadInto(absl::string_view key, int64_t offset, absl::Span
   }
   const int pieces = static_cast<int>((size + kSplitBytes - 1) / kSplitBytes);
   std::vector<absl::Status> statuses(pieces);
-  absl::BlockingCounter left(pieces);
+  std::latch left(pieces);
   for (int i = 0; i < pieces; ++i) {
     client_->workers().Run([&, i] {
       const int64_t at = i * kSplitBytes;
       statuses[i] = read(offset + at, out.subspan(at, kSplitBytes));
-      left.DecrementCount();
+      left.count_down();
     });
   }
-  left.Wait();
+  left.wait();
   for (absl::Status& status : statuses) RETURN_IF_ERROR(status);
   return absl::OkStatus();
 }

@@ -169,7 +169,7 @@ class LaterSource final : public TensorSource {
       return absl::InternalError(
           absl::StrCat(name(), ": read before the model's alignment has been found"));
     }
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard lock(mutex_);
     if (alignment != alignment_) {
       ASSIGN_OR_RETURN(view_, AlignSource(*symmetry_, tensor_, *alignment, source_));
       alignment_ = alignment;
@@ -181,9 +181,9 @@ class LaterSource final : public TensorSource {
   const SymmetricTensor tensor_;
   const std::shared_ptr<const AlignmentSlot> slot_;
   const std::shared_ptr<const TensorSource> source_;
-  mutable absl::Mutex mutex_;
-  mutable std::shared_ptr<const Alignment> alignment_ ABSL_GUARDED_BY(mutex_);  // that view_ has
-  mutable std::shared_ptr<const TensorSource> view_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const Alignment> alignment_;  // guarded by mutex_; that view_ has
+  mutable std::shared_ptr<const TensorSource> view_;    // guarded by mutex_
 };
 
 }  // namespace
@@ -234,12 +234,12 @@ absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& re
 }
 
 void AlignmentSlot::Set(std::shared_ptr<const Alignment> alignment) {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   alignment_ = std::move(alignment);
 }
 
 std::shared_ptr<const Alignment> AlignmentSlot::Get() const {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   return alignment_;
 }
 

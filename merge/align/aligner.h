@@ -10,12 +10,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/synchronization/mutex.h"
 #include "kernels/backend.h"
 #include "merge/align/alignment.h"
 #include "merge/align/symmetry.h"
@@ -65,8 +64,8 @@ class AlignmentSlot {
   std::shared_ptr<const Alignment> Get() const;
 
  private:
-  mutable absl::Mutex mutex_;
-  std::shared_ptr<const Alignment> alignment_ ABSL_GUARDED_BY(mutex_);
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Alignment> alignment_;  // guarded by mutex_
 };
 
 // AlignSource with the alignment that `slot` has when the view is read: Internal when it has none.

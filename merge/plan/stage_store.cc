@@ -39,7 +39,7 @@ absl::Status StageStore::Bind(std::shared_ptr<ObjectStore> folder) {
     }
     bound.push_back(std::move(stat));
   }
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   if (folder_ != nullptr) {
     return absl::FailedPreconditionError(
         absl::StrCat("stage ", name_, " is being used by another run of the same plan"));
@@ -50,13 +50,13 @@ absl::Status StageStore::Bind(std::shared_ptr<ObjectStore> folder) {
 }
 
 void StageStore::Unbind() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   folder_.reset();
   bound_.clear();
 }
 
 std::shared_ptr<ObjectStore> StageStore::folder() const {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   return folder_;
 }
 
@@ -87,7 +87,7 @@ absl::StatusOr<ObjectStat> StageStore::Stat(absl::string_view key) {
     return stat;
   }
   stat.size = plan_->shards[file.shard].bytes;
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard lock(mutex_);
   if (folder_ == nullptr) return stat;
   ASSIGN_OR_RETURN(const ObjectStat now, folder_->Stat(key));
   const ObjectStat& then = bound_[file.shard];

@@ -8,12 +8,11 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
-#include "absl/synchronization/mutex.h"
 #include "merge/plan/plan.h"
 #include "store/object_store.h"
 
@@ -53,9 +52,9 @@ class StageStore final : public ObjectStore {
 
   const std::string name_;
   const std::shared_ptr<const Plan> plan_;
-  mutable absl::Mutex mutex_;
-  std::shared_ptr<ObjectStore> folder_ ABSL_GUARDED_BY(mutex_);
-  std::vector<ObjectStat> bound_ ABSL_GUARDED_BY(mutex_);  // of the shards, at Bind
+  mutable std::mutex mutex_;
+  std::shared_ptr<ObjectStore> folder_;  // guarded by mutex_
+  std::vector<ObjectStat> bound_;        // guarded by mutex_; of the shards, at Bind
 };
 
 }  // namespace pewter
