@@ -51,7 +51,7 @@ class Solver {
 
   Assignment Solve(absl::Span<const double> prices) {
     std::vector<int32_t> free = prices.empty() ? ReduceColumns() : StartFrom(prices);
-    for (int pass = 0; pass < kRowReductions && !free.empty(); ++pass) ReduceRows(free);
+    ReduceRows(free);
     Augment(free);
     Assignment result{.columns = std::move(column_of_), .prices = std::move(prices_)};
     for (int64_t i = 0; i < size_; ++i) result.total += Row(i)[result.columns[i]];
@@ -59,11 +59,6 @@ class Solver {
   }
 
  private:
-  static constexpr int kRowReductions = 2;
-  // Steps of one row reduction, a row: rows may chase each other by ever smaller steps, and paths
-  // then get on faster.
-  static constexpr int64_t kSteps = 8;
-
   const T* Row(int64_t i) const { return costs_ + i * stride_; }
   cpu::LeastTwo TwoLeast(int64_t i) const {
     return loops_.least_two(Row(i), size_, sign_, prices_.data());
@@ -120,9 +115,11 @@ class Solver {
   }
 
   // Each free row takes its best column and lowers its price to where the second best is as good;
-  // the row that had it looks for another at once.
+  // the row that had it looks for another at once. Rows may chase each other by ever smaller steps,
+  // and paths then get on faster: there are no more such steps than rows, and one pass, where
+  // Jonker and Volgenant make two.
   void ReduceRows(std::vector<int32_t>& free) {
-    int64_t steps = size_ * kSteps;
+    int64_t steps = size_;
     size_t next = 0, left = 0;
     const size_t count = free.size();
     while (next < count) {
@@ -167,8 +164,8 @@ class Solver {
         if (of_block[block] > least) continue;
         const int64_t begin = static_cast<int64_t>(block) * cpu::kAssignmentBlock;
         const int64_t end = std::min(begin + cpu::kAssignmentBlock, size_);
-        for (int64_t j = begin; j < end; ++j) {
-          if (distance[j] > least) continue;
+        for (int64_t j = begin; (j = loops_.find_at_most(distance.data(), j, end, least)) < end;
+             ++j) {
           ready.push_back(static_cast<int32_t>(j));
           if (row_of_[j] < 0) return ready.back();
         }

@@ -26,6 +26,8 @@ struct AssignmentLoopsOf {
   // Returns the least of all.
   double (*relax)(const T* costs, int64_t size, double sign, const double* prices, double offset,
                   int32_t i, double* distance, int32_t* from, double* least);
+  // The first j in [begin, end) with distance[j] <= bound, or `end`.
+  int64_t (*find_at_most)(const double* distance, int64_t begin, int64_t end, double bound);
 };
 
 struct AssignmentLoops {
