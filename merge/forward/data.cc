@@ -120,6 +120,28 @@ absl::StatusOr<std::shared_ptr<const ForwardData>> ForwardData::Open(absl::strin
   return Open(std::move(place.store), place.key);
 }
 
+std::shared_ptr<const ForwardData> ForwardData::OfTokens(
+    std::string name, absl::Span<const std::vector<int32_t>> rows) {
+  std::shared_ptr<ForwardData> data(new ForwardData);
+  data->name_ = std::move(name);
+  data->rows_ = static_cast<int64_t>(rows.size());
+  for (const std::vector<int32_t>& row : rows) {
+    data->length_ = std::max(data->length_, static_cast<int64_t>(row.size()));
+  }
+  for (const std::vector<int32_t>& row : rows) {
+    data->ids_.insert(data->ids_.end(), row.begin(), row.end());
+    data->mask_.resize(data->ids_.size(), 1);
+    data->ids_.resize(data->ids_.size() + data->length_ - row.size());
+    data->mask_.resize(data->ids_.size());
+  }
+  const Shape shape = {data->rows_, data->length_};
+  Sha256 digest;
+  AddToDigest(digest, {.name = kIds, .shape = shape}, data->ids_);
+  AddToDigest(digest, {.name = kMask, .shape = shape}, data->mask_);
+  data->digest_ = digest.Finish();
+  return data;
+}
+
 absl::Status ForwardData::Load(std::shared_ptr<ObjectStore> store, absl::string_view key) {
   ASSIGN_OR_RETURN(const ObjectStat stat, store->Stat(key));
   ASSIGN_OR_RETURN(SafetensorsHeader header, ReadSafetensorsHeader(*store, key, stat.size));

@@ -1,4 +1,4 @@
-// ForwardData: what models are run on: token ids or pixels, from one safetensors file.
+// ForwardData: what models are run on: token ids or pixels, mostly from one safetensors file.
 //
 //   input_ids       integers [rows, length]
 //   attention_mask  optional, integers or bools [rows, length]: 0 where a row is padded
@@ -35,6 +35,9 @@ class ForwardData {
                                                                  absl::string_view key);
   // A path or URI of the file.
   static absl::StatusOr<std::shared_ptr<const ForwardData>> Open(absl::string_view uri);
+  // Texts as token ids, of any lengths but 0; at least one.
+  static std::shared_ptr<const ForwardData> OfTokens(std::string name,
+                                                     absl::Span<const std::vector<int32_t>> rows);
 
   const std::string& name() const { return name_; }      // the file, for messages
   const std::string& digest() const { return digest_; }  // SHA-256 of all values

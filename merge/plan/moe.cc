@@ -7,6 +7,7 @@
 #include <set>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
@@ -17,6 +18,8 @@
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
 #include "base/status.h"
+#include "kernels/backends.h"
+#include "merge/forward/hidden_states.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/moe_sources.h"
 #include "merge/plan/moe_style.h"
@@ -94,7 +97,7 @@ class MoePlanner {
     constexpr char kSame[] =
         "all experts are from the same model, so that the mixture computes what that model does";
     // Random routers are there to be trained.
-    if (recipe_.gate != MoeGate::kCheapEmbed) {
+    if (!NeedsPrompts(recipe_.gate)) {
       plan_.warnings.push_back(absl::StrCat(kSame, " until it is trained"));
       return absl::OkStatus();
     }
@@ -135,7 +138,7 @@ class MoePlanner {
     }
     if (shared == 0) return "";
     const MoeExpert& expert = recipe_.shared_experts[0];
-    if (style.gated_shared && expert.positive.empty() && recipe_.gate == MoeGate::kCheapEmbed) {
+    if (style.gated_shared && expert.positive.empty() && NeedsPrompts(recipe_.gate)) {
       return "its shared expert has a gate, which needs `positive_prompts`";
     }
     if (!style.gated_shared && !(expert.positive.empty() && expert.negative.empty())) {
@@ -234,38 +237,72 @@ class MoePlanner {
 
   // --- routers ---------------------------------------------------------------------------------
 
+  using Rows = std::shared_ptr<const std::vector<float>>;
+  // A vector of `hidden_` features for each layer, or one for all of them.
+  using Features = std::vector<std::vector<double>>;
+
   absl::Status FindDirections() {
-    if (recipe_.gate != MoeGate::kCheapEmbed) return absl::OkStatus();
-    ASSIGN_OR_RETURN(embedding_source_, Base().OpenTensor(embedding_, plan_.models[0].file_base));
-    embedding_source_ = CastSource(embedding_source_, DType::kF32);
-    ASSIGN_OR_RETURN(router_, Directions(recipe_.experts, "expert"));
-    WarnOfNearRouters(*router_);
+    if (!NeedsPrompts(recipe_.gate)) return absl::OkStatus();
+    std::vector<PlacedPrompts> prompts;
+    for (const MoeExpert& expert : recipe_.experts) AddPrompts(expert, prompts);
+    if (style_->gated_shared) AddPrompts(recipe_.shared_experts[0], prompts);
+    ASSIGN_OR_RETURN(const std::vector<Features> features, FeaturesOf(prompts));
+    const Features* next = features.data();
+    ASSIGN_OR_RETURN(router_, Directions(recipe_.experts, "expert", next));
+    WarnOfNearRouters();
     if (style_->gated_shared) {
-      ASSIGN_OR_RETURN(shared_router_, Directions(recipe_.shared_experts, "shared expert"));
+      ASSIGN_OR_RETURN(shared_router_, Directions(recipe_.shared_experts, "shared expert", next));
     }
     return absl::OkStatus();
   }
 
-  using Rows = std::shared_ptr<const std::vector<float>>;
+  struct PlacedPrompts {
+    const MoePrompts& prompts;
+    TextPosition at;
+  };
+  static void AddPrompts(const MoeExpert& expert, std::vector<PlacedPrompts>& prompts) {
+    prompts.push_back({expert.positive, expert.at});
+    if (!expert.negative.empty()) prompts.push_back({expert.negative, expert.at});
+  }
 
-  // One row of `hidden_` for each expert.
-  absl::StatusOr<Rows> Directions(const std::vector<MoeExpert>& experts, absl::string_view what) {
-    auto rows = std::make_shared<std::vector<float>>();
+  // By layer one row of `hidden_` for each expert; `next` moves on by what AddPrompts adds.
+  absl::StatusOr<std::vector<Rows>> Directions(const std::vector<MoeExpert>& experts,
+                                               absl::string_view what, const Features*& next) {
+    std::vector<std::vector<float>> rows(next->size());
     for (size_t i = 0; i < experts.size(); ++i) {
-      ASSIGN_OR_RETURN(std::vector<double> sum, Embed(experts[i].positive, experts[i].at));
-      if (!experts[i].negative.empty()) {
-        ASSIGN_OR_RETURN(const std::vector<double> other,
-                         Embed(experts[i].negative, experts[i].at));
-        for (size_t j = 0; j < sum.size(); ++j) sum[j] -= other[j];
-        Normalize(sum);
+      Features features = *next++;
+      const Features* const others = experts[i].negative.empty() ? nullptr : next++;
+      int64_t zeros = 0;
+      for (size_t layer = 0; layer < features.size(); ++layer) {
+        std::vector<double>& row = features[layer];
+        for (int64_t j = 0; others != nullptr && j < hidden_; ++j) row[j] -= (*others)[layer][j];
+        Normalize(row);
+        if (!absl::c_all_of(row, [](double x) { return std::isfinite(x); })) {
+          return absl::FailedPreconditionError(absl::StrCat(
+              experts[i].at.ToString(), ": model ", plan_.models[0].ref,
+              " gives the prompts features that are NaN or infinite at layer ", layer));
+        }
+        zeros += absl::c_all_of(row, [](double x) { return x == 0; });
+        rows[layer].insert(rows[layer].end(), row.begin(), row.end());
       }
-      if (std::all_of(sum.begin(), sum.end(), [](double x) { return x == 0; })) {
+      if (zeros > 0) {
         plan_.warnings.push_back(absl::StrCat(experts[i].at.ToString(), ": the prompts of ", what,
-                                              " ", i, " cancel: its row of the router is zero"));
+                                              " ", i, " cancel", InLayers(zeros),
+                                              ": its row of the router is zero"));
       }
-      rows->insert(rows->end(), sum.begin(), sum.end());
     }
-    return rows;
+    std::vector<Rows> shared;
+    for (std::vector<float>& layer : rows) {
+      shared.push_back(std::make_shared<const std::vector<float>>(std::move(layer)));
+    }
+    return shared;
+  }
+
+  // Nothing where one row is that of all layers.
+  std::string InLayers(int64_t count) const {
+    return recipe_.gate == MoeGate::kCheapEmbed
+               ? ""
+               : absl::StrCat(" in ", count, " of ", layers_, " layers");
   }
 
   static void Normalize(std::vector<double>& vector) {
@@ -275,71 +312,117 @@ class MoePlanner {
     for (double& x : vector) x /= norm;
   }
 
-  // The sum of the embeddings of all prompts' tokens, at unit length.
-  absl::StatusOr<std::vector<double>> Embed(const MoePrompts& prompts, TextPosition at) {
-    std::vector<std::vector<int64_t>> all = prompts.ids;
-    for (const std::string& text : prompts.texts) {
+  using Tokens = std::vector<std::vector<int32_t>>;
+
+  absl::StatusOr<Tokens> TokensOf(const PlacedPrompts& prompts) {
+    std::vector<std::vector<int64_t>> all = prompts.prompts.ids;
+    for (const std::string& text : prompts.prompts.texts) {
       if (!tokenizer_) {
-        auto made = PromptTokenizer::Make(Base());
-        if (!made.ok()) return Annotate(made.status(), at.ToString());
-        tokenizer_ = *std::move(made);
+        ASSIGN_OR_RETURN(tokenizer_, PromptTokenizer::Make(Base()));
       }
-      auto encoded = tokenizer_->Encode(tokenizer_->bos() + text);
-      if (!encoded.ok()) return Annotate(encoded.status(), at.ToString());
-      if (encoded->left_out > 0) {
+      ASSIGN_OR_RETURN(const auto encoded, tokenizer_->Encode(tokenizer_->bos() + text));
+      if (encoded.left_out > 0) {
         plan_.warnings.push_back(absl::StrCat(
-            at.ToString(), ": ", encoded->left_out,
+            prompts.at.ToString(), ": ", encoded.left_out,
             " characters of a prompt have no token in the base's tokenizer and are left out"));
       }
-      all.emplace_back(encoded->ids.begin(), encoded->ids.end());
+      all.emplace_back(encoded.ids.begin(), encoded.ids.end());
     }
-    std::vector<double> sum(hidden_, 0.0);
-    std::vector<float> row(hidden_);
-    bool any = false;
+    Tokens tokens;
     for (const std::vector<int64_t>& ids : all) {
       for (int64_t id : ids) {
         if (id < 0 || id >= sizes_.tokens) {
-          return RecipeAt(
-              at, absl::StrCat("token id ", id, " is beyond the ", sizes_.tokens, " rows of ",
-                               embedding_, " of model ", plan_.models[0].ref));
+          return absl::InvalidArgumentError(absl::StrCat("token id ", id, " is beyond the ",
+                                                         sizes_.tokens, " rows of ", embedding_,
+                                                         " of model ", plan_.models[0].ref));
         }
+      }
+      if (!ids.empty()) tokens.emplace_back(ids.begin(), ids.end());
+    }
+    if (tokens.empty()) {
+      return absl::InvalidArgumentError("the prompts of the expert have no tokens");
+    }
+    return tokens;
+  }
+
+  // Of each group of prompts.
+  absl::StatusOr<std::vector<Features>> FeaturesOf(const std::vector<PlacedPrompts>& prompts) {
+    std::vector<Features> features;
+    Tokens all;
+    std::vector<int> groups;
+    if (recipe_.gate == MoeGate::kCheapEmbed) {
+      ASSIGN_OR_RETURN(embedding_source_, Base().OpenTensor(embedding_, plan_.models[0].file_base));
+      embedding_source_ = CastSource(embedding_source_, DType::kF32);
+    }
+    for (size_t group = 0; group < prompts.size(); ++group) {
+      auto tokens = TokensOf(prompts[group]);
+      if (!tokens.ok()) return Annotate(tokens.status(), prompts[group].at.ToString());
+      if (recipe_.gate == MoeGate::kCheapEmbed) {
+        ASSIGN_OR_RETURN(features.emplace_back(1)[0], Embed(*tokens));
+        continue;
+      }
+      groups.insert(groups.end(), tokens->size(), static_cast<int>(group));
+      absl::c_move(*tokens, std::back_inserter(all));
+    }
+    if (recipe_.gate == MoeGate::kCheapEmbed) return features;
+    ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
+    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend(device, plan_.options.threads));
+    ASSIGN_OR_RETURN(const ForwardModel model, MakeForwardModel(plan_.models[0].checkpoint));
+    return MeanHiddenStates(
+        model, ForwardData::OfTokens("of the prompts", all), groups,
+        recipe_.gate == MoeGate::kHiddenLast ? RowState::kLast : RowState::kMean,
+        {.backend = backend.get(), .memory_bytes = plan_.options.memory_bytes});
+  }
+
+  // The sum of the tokens' embeddings, at unit length.
+  absl::StatusOr<std::vector<double>> Embed(const Tokens& tokens) {
+    std::vector<double> sum(hidden_, 0.0);
+    std::vector<float> row(hidden_);
+    for (const std::vector<int32_t>& ids : tokens) {
+      for (int64_t id : ids) {
         RETURN_IF_ERROR(embedding_source_->Read(
             id * hidden_, hidden_,
             absl::MakeSpan(reinterpret_cast<std::byte*>(row.data()), hidden_ * sizeof(float)),
             nullptr));
         for (int64_t i = 0; i < hidden_; ++i) sum[i] += row[i];
-        if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
+        if (!absl::c_all_of(row, [](float x) { return std::isfinite(x); })) {
           return absl::FailedPreconditionError(
               absl::StrCat("model ", plan_.models[0].ref, ", tensor ", embedding_, ": row ", id,
                            " has NaN or infinity, and a prompt needs it"));
         }
-        any = true;
       }
     }
-    if (!any) return RecipeAt(at, "the prompts of the expert have no tokens");
     Normalize(sum);
     return sum;
   }
 
-  void WarnOfNearRouters(const std::vector<float>& rows) {
+  void WarnOfNearRouters() {
     for (size_t a = 0; a < experts_.size(); ++a) {
       for (size_t b = a + 1; b < experts_.size(); ++b) {
-        double cosine = 0;
-        for (int64_t i = 0; i < hidden_; ++i) {
-          cosine += double{rows[a * hidden_ + i]} * rows[b * hidden_ + i];
+        double largest = 0;
+        int64_t layers = 0;
+        for (const Rows& layer : router_) {
+          const float* const rows = layer->data();
+          double cosine = 0;
+          for (int64_t i = 0; i < hidden_; ++i) {
+            cosine += double{rows[a * hidden_ + i]} * rows[b * hidden_ + i];
+          }
+          largest = std::max(largest, cosine);
+          layers += cosine >= kNearlySame;
         }
-        if (cosine < kNearlySame) continue;
-        plan_.warnings.push_back(absl::StrFormat(
-            "the prompts of experts %d and %d are nearly the same to the router (cosine %.2f); one "
-            "of them will hardly be used",
-            a, b, cosine));
+        if (layers == 0) continue;
+        plan_.warnings.push_back(
+            absl::StrFormat("the prompts of experts %d and %d are nearly the same to the router%s "
+                            "(cosine %.2f); one "
+                            "of them will hardly be used",
+                            a, b, InLayers(layers), largest));
       }
     }
   }
 
-  // [count, hidden]: `rows`, or random ones, drawn by the fused layout's name.
+  // [count, hidden]: of `rows`, or random ones, drawn by the fused layout's name.
   absl::Status PlanRouter(int64_t layer, absl::string_view name, absl::string_view fused_name,
-                          const Rows& rows, int64_t count) {
+                          const std::vector<Rows>& rows, int64_t count) {
     PlanInput input{.layer = layer};
     const Shape shape = {count, hidden_};
     const std::string where = absl::StrCat("model.layers.", layer, ".");
@@ -358,9 +441,16 @@ class MoePlanner {
         break;
       }
       case MoeGate::kCheapEmbed:
-        input.source = ValueSource(rows, shape, tensor.name);
+        input.source = ValueSource(rows[0], shape, tensor.name);
         input.views = {
             absl::StrCat("of the prompts, by ", embedding_, " of ", plan_.models[0].ref)};
+        break;
+      case MoeGate::kHiddenLast:
+      case MoeGate::kHiddenMean:
+        input.source = ValueSource(rows[layer], shape, tensor.name);
+        input.views = {absl::StrCat(
+            "of the prompts, by what layer ", layer, " of ", plan_.models[0].ref,
+            " reads: ", recipe_.gate == MoeGate::kHiddenLast ? "last tokens" : "means of tokens")};
     }
     return PlanCopy(std::move(tensor), shape, {std::move(input)}, layer);
   }
@@ -673,8 +763,8 @@ class MoePlanner {
   std::string embedding_;  // the base's input embedding
   std::shared_ptr<const TensorSource> embedding_source_;
   std::optional<PromptTokenizer> tokenizer_;
-  Rows router_;  // null where routers are random
-  Rows shared_router_;
+  std::vector<Rows> router_;  // by layer, or one for all; none where routers are random
+  std::vector<Rows> shared_router_;
   absl::flat_hash_set<std::string> names_;
   std::map<int, std::set<std::string>> used_;          // by model
   std::map<std::pair<int, DType>, int64_t> narrowed_;  // by model and stored dtype

@@ -1,7 +1,8 @@
 // Plans of `pewter moe`: a mixture of experts from dense models. Everything but the MLPs is the
 // base model's, every source model's MLP becomes an expert, and routers are made from prompts or at
-// random. The plan is run by the same engine as a merge. Headers are read, and of the base's input
-// embedding the rows of the prompts' tokens.
+// random. The plan is run by the same engine as a merge. Headers are read, and by the gate's mode
+// the rows of the base's input embedding of the prompts' tokens, or all of the base's weights,
+// layer by layer, to run it on the prompts.
 #pragma once
 
 #include "absl/status/statusor.h"

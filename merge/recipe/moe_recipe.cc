@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
@@ -47,22 +48,17 @@ class MoeReader : private YamlReader {
     if (!IsNull(node)) {
       ASSIGN_OR_RETURN(mode, Text(*node, "gate_mode"));
     }
-    const TextPosition at = IsNull(node) ? root.at : node->at;
-    if (mode == "cheap_embed") {
-      recipe_.gate = MoeGate::kCheapEmbed;
-    } else if (mode == "random") {
-      recipe_.gate = MoeGate::kRandom;
-    } else if (mode == "uniform_random") {
-      recipe_.gate = MoeGate::kUniformRandom;
-    } else if (mode == "hidden" || mode == "hidden_avg" || mode == "hidden_last") {
-      return RecipeError(
-          at, absl::StrCat(IsNull(node) ? "`gate_mode` is missing and its default, hidden,"
-                                        : absl::StrCat("`gate_mode` ", mode).c_str(),
-                           " runs the base model on the prompts, which this version of Pewter "
-                           "cannot do; it has cheap_embed, random and uniform_random"));
-    } else {
-      return Expected(*node, "`gate_mode`", "cheap_embed, random or uniform_random");
+    static constexpr std::pair<absl::string_view, MoeGate> kModes[] = {
+        {"hidden", MoeGate::kHiddenLast},     {"hidden_last", MoeGate::kHiddenLast},
+        {"hidden_avg", MoeGate::kHiddenMean}, {"cheap_embed", MoeGate::kCheapEmbed},
+        {"random", MoeGate::kRandom},         {"uniform_random", MoeGate::kUniformRandom}};
+    const auto found =
+        absl::c_find_if(kModes, [&](const auto& known) { return known.first == mode; });
+    if (found == std::end(kModes)) {
+      return Expected(*node, "`gate_mode`",
+                      "hidden, hidden_avg, hidden_last, cheap_embed, random or uniform_random");
     }
+    recipe_.gate = found->second;
     if (const YamlNode* count = root.Find("experts_per_token"); !IsNull(count)) {
       const std::optional<int64_t> number = YamlInt(*count);
       if (!number || *number < 1) {
@@ -151,7 +147,7 @@ class MoeReader : private YamlReader {
                                                recipe_.experts_per_token,
                                                " are used for each token (`experts_per_token`)"));
     }
-    if (recipe_.gate != MoeGate::kCheapEmbed) {
+    if (!NeedsPrompts(recipe_.gate)) {
       const auto prompted = std::find_if(experts.begin(), experts.end(), [](const MoeExpert& e) {
         return !e.positive.empty() || !e.negative.empty();
       });

@@ -31,7 +31,11 @@ struct MoeExpert {
   TextPosition at;
 };
 
-enum class MoeGate { kCheapEmbed, kRandom, kUniformRandom };
+enum class MoeGate { kHiddenLast, kHiddenMean, kCheapEmbed, kRandom, kUniformRandom };
+
+inline bool NeedsPrompts(MoeGate gate) {
+  return gate != MoeGate::kRandom && gate != MoeGate::kUniformRandom;
+}
 
 struct MoeRecipe {
   std::string text;                                            // verbatim
@@ -39,7 +43,7 @@ struct MoeRecipe {
   ModelRef base_model;
   std::vector<MoeExpert> experts;
   std::vector<MoeExpert> shared_experts;
-  MoeGate gate = MoeGate::kCheapEmbed;
+  MoeGate gate = MoeGate::kHiddenLast;
   std::optional<DType> dtype;
   int64_t experts_per_token = 2;
   std::string architecture;  // beginning of a name; empty for the first that fits
@@ -47,9 +51,8 @@ struct MoeRecipe {
   std::vector<std::string> warnings;
 };
 
-// InvalidArgument names line and column. Refused besides what is malformed: modes that need a
-// forward pass (`hidden`), experts without prompts where the mode needs them, and experts that all
-// have the same. `overrides` as for ParseRecipe.
+// InvalidArgument names line and column. Refused besides what is malformed: experts without prompts
+// where the mode needs them, and experts that all have the same. `overrides` as for ParseRecipe.
 absl::StatusOr<MoeRecipe> ParseMoeRecipe(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides = {});
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "merge/pewter.h"
@@ -419,6 +420,54 @@ TEST_F(MoeTest, TheWidthIsTheExperts) {
                        AllOf(HasSubstr("recipe:8:18"), HasSubstr("48 where others have 80"))));
 }
 
+// What the base makes of the prompts on the way: layer 0 reads the embedding, and a later layer
+// something else.
+TEST_F(MoeTest, RoutersOfHiddenStates) {
+  Dense("base", "Llama", "llama", 1,
+        {.config = {{"torch_dtype", "float32"},
+                    {"hidden_size", kHidden},
+                    {"num_attention_heads", 4},
+                    {"rms_norm_eps", 1e-6},
+                    {"hidden_act", "silu"},
+                    {"rope_theta", 10000.0},
+                    {"max_position_embeddings", 64}}});
+  const TinyTensor embedding = Of("base").at("model.embed_tokens.weight");
+  const auto unit = [&](const std::map<int, double>& shares) {
+    std::vector<double> v(kHidden, 0.0);
+    double square = 0;
+    for (int64_t i = 0; i < kHidden; ++i) {
+      for (const auto& [id, share] : shares) v[i] += share * embedding.values[id * kHidden + i];
+      square += v[i] * v[i];
+    }
+    for (double& x : v) x /= std::sqrt(square);
+    return v;
+  };
+  const auto routers = [&](const std::string& mode) {
+    return Make(absl::StrReplaceAll(kPrompts, {{"cheap_embed", mode}}));
+  };
+  for (const std::string mode : {"hidden", "hidden_last", "hidden_avg"}) {
+    SCOPED_TRACE(mode);
+    const Tensors made = routers(mode);
+    std::vector<double> first;
+    if (mode == "hidden_avg") {
+      first = unit({{1, 0.25}, {2, 0.75}});
+      absl::c_copy(unit({{3, 1}, {4, -0.5}, {5, -0.5}}), std::back_inserter(first));
+    } else {
+      first = unit({{2, 1}});
+      absl::c_copy(unit({{3, 1}, {5, -1}}), std::back_inserter(first));
+    }
+    EXPECT_THAT(made.at("model.layers.0.mlp.gate.weight").values,
+                ::testing::Pointwise(::testing::DoubleNear(1e-6), first));
+    const std::vector<double>& second = made.at("model.layers.1.mlp.gate.weight").values;
+    EXPECT_THAT(second, Not(::testing::Pointwise(::testing::DoubleNear(1e-3), first)));
+    for (int expert : {0, 1}) {
+      double square = 0;
+      for (int64_t i = 0; i < kHidden; ++i) square += std::pow(second[expert * kHidden + i], 2);
+      EXPECT_NEAR(square, 1, 1e-6);
+    }
+  }
+}
+
 // A tensor of stacked experts is read from several models, and each is named when it is to blame.
 TEST_F(MoeTest, NamesTheExpertThatIsNotFinite) {
   Dense("two", "Llama", "llama", 2000, {.nan = true});
@@ -438,9 +487,13 @@ TEST_F(MoeTest, Refusals) {
   };
   const std::string two = "experts: [{source_model: $one}, {source_model: $two}]\n";
   const std::string random = "base_model: $base\ngate_mode: random\n" + two;
-  refused("base_model: $base\n" + two, "`gate_mode` is missing");
-  refused("base_model: $base\ngate_mode: hidden_avg\n" + two,
-          "recipe:2:12: `gate_mode` hidden_avg");
+  refused("base_model: $base\n" + two, "has no `positive_prompts`");
+  refused("base_model: $base\ngate_mode: hidden_avg\n" + two, "has no `positive_prompts`");
+  const std::string asked =
+      "base_model: $base\nexperts:\n  - {source_model: $one, positive_prompt_ids: [[1]]}\n"
+      "  - {source_model: $two, positive_prompt_ids: [[7]]}\n";
+  refused(asked, "recipe:4:5: token id 7 is beyond the 6 rows of model.embed_tokens.weight");
+  refused(absl::StrReplaceAll(asked, {{"7", "5"}}), "config.json");  // says nothing of its heads
   refused("base_model: $base\ngate_mode: magic\n" + two, "cheap_embed, random or uniform_random");
   refused("base_model: $base\ngate_mode: cheap_embed\n" + two, "has no `positive_prompts`");
   refused("gate_mode: random\n" + two, "`base_model` is missing");

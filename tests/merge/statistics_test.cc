@@ -9,6 +9,7 @@
 
 #include "kernels/backends.h"
 #include "merge/forward/collect.h"
+#include "merge/forward/hidden_states.h"
 #include "store/file_store.h"
 #include "tests/kernels/under_test.h"
 #include "tests/support/faulty_store.h"
@@ -144,6 +145,47 @@ TEST_P(StatisticsTest, AgreesWithGoldenFeatures) {
     EXPECT_LT(Difference(moments->grams[0][0], Product(a, a)), 1e-5);
     EXPECT_LT(Difference(moments->grams[0][1], Product(a, b)), 1e-5);
     EXPECT_LT(Difference(moments->grams[1][1], Product(b, b)), 1e-5);
+  }
+}
+
+// A causal model's state of a last token is what the sum over all tokens has more than the sum
+// without it. Memory for a few rows at a time changes nothing.
+TEST_P(StatisticsTest, HiddenStatesAreWhatSumsSay) {
+  const ForwardModel model = OpenModel(kModels + "qwen3");
+  const std::vector<std::vector<int32_t>> rows = {{3, 1, 4, 1, 5}, {9, 2}, {6, 5, 3, 5}};
+  const auto sum = [&](std::vector<int32_t> row, int layer) {
+    std::filesystem::remove(folder_ / kKey);
+    const auto reader = Collect({model}, ForwardData::OfTokens("a row", {std::move(row)}),
+                                Options(Grams::kDiagonals));
+    return reader->Read(absl::StrCat("residual.", 2 * layer))->sums[0];
+  };
+  for (RowState state : {RowState::kLast, RowState::kMean}) {
+    for (int64_t batch_tokens : {4096, 5}) {
+      const auto means =
+          MeanHiddenStates(model, ForwardData::OfTokens("rows", rows), {0, 1, 0}, state,
+                           {.backend = &backend(), .batch_tokens = batch_tokens});
+      ASSERT_THAT(means, IsOk());
+      ASSERT_EQ(means->size(), 2);
+      ASSERT_EQ((*means)[0].size(), 2);
+      for (int layer : {0, 1}) {
+        const auto of_row = [&](std::vector<int32_t> row) {
+          std::vector<double> all = sum(row, layer);
+          if (state == RowState::kMean) {
+            for (double& value : all) value /= static_cast<double>(row.size());
+            return all;
+          }
+          row.pop_back();
+          const std::vector<double> before = sum(row, layer);
+          for (size_t i = 0; i < all.size(); ++i) all[i] -= before[i];
+          return all;
+        };
+        std::vector<double> both = of_row(rows[0]);
+        const std::vector<double> other = of_row(rows[2]);
+        for (size_t i = 0; i < both.size(); ++i) both[i] = (both[i] + other[i]) / 2;
+        EXPECT_LT(Difference((*means)[0][layer], both), 1e-5);
+        EXPECT_LT(Difference((*means)[1][layer], of_row(rows[1])), 1e-5);
+      }
+    }
   }
 }
 
