@@ -46,12 +46,13 @@ function(pewter_module NAME)
   endif()
 endfunction()
 
-# pewter_test(NAME SOURCES ... DEPS ... LABELS ...): a GoogleTest program, registered with ctest as one test.
+# pewter_test(NAME SOURCES ... DEPS ... LABELS ...): a GoogleTest program, registered with ctest as one test. Compiling tests takes longer than running them, so that they are hardly optimised.
 function(pewter_test NAME)
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;LABELS" ${ARGN})
   add_executable(${NAME} ${ARG_SOURCES})
   target_link_libraries(${NAME} PRIVATE pewter_options ${ARG_DEPS} GTest::gmock GTest::gtest_main)
   target_compile_definitions(${NAME} PRIVATE PEWTER_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
+  target_compile_options(${NAME} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:$<IF:$<BOOL:${PEWTER_SANITIZE}>,-O0,-O1>>)
   add_test(NAME ${NAME} COMMAND ${NAME})
   set_tests_properties(${NAME} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT 600)
 endfunction()
