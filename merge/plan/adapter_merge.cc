@@ -25,6 +25,7 @@
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
 #include "merge/plan/plan_steps.h"
+#include "merge/plan/planning_work.h"
 
 namespace pewter {
 namespace {
@@ -118,7 +119,12 @@ class AdapterMerge {
     }
     for (const RecipeSource& source : slice().sources) RETURN_IF_ERROR(Open(source));
     RETURN_IF_ERROR(Describe());
-    for (const auto& [module, owners] : modules_) RETURN_IF_ERROR(AddModule(module, owners));
+    for (const auto& [module, owners] : modules_) {
+      ASSIGN_OR_RETURN(Module added, OpenModule(module, owners));
+      opened_.push_back(std::move(added));
+    }
+    RETURN_IF_ERROR(MeasureRanks());
+    for (Module& module : opened_) RETURN_IF_ERROR(AddModule(module));
     for (const auto& [module, owners] : biases_) RETURN_IF_ERROR(AddBias(module, owners));
     for (const auto& [tensor, owners] : saved_) RETURN_IF_ERROR(Save(tensor, owners));
     WarnOfIdleSettings(recipe_, method_->method, param_use_, names_, plan_.warnings);
@@ -140,6 +146,16 @@ class AdapterMerge {
   struct Saved {
     int adapter = 0;
     TensorInfo info;
+  };
+
+  // A module of the output on its way into the plan.
+  struct Module {
+    std::string name;
+    const LoraFactors* first = nullptr;  // of its first adapter
+    AdapterModule resolved;
+    PlanTensor tensor;
+    DType stored = DType::kF32;
+    double energy = 0;  // that its rank follows from; 0: it does not
   };
 
   const RecipeSlice& slice() const { return recipe_.modules.front().slices.front(); }
@@ -386,20 +402,65 @@ class AdapterMerge {
         break;
     }
     const ParamValue* const asked = resolved.Find("svd_rank");
+    const absl::StatusOr<int64_t> most = LargestRank(*method_, resolved);
+    if (!most.ok()) {
+      return Annotate(most.status(), absl::StrCat("module ", Printable(module)));
+    }
+    // The energy finds it, up to what is asked for.
+    if (asked == nullptr && resolved.Find("svd_energy") != nullptr) return most;
     const int64_t rank = asked == nullptr ? largest_rank_ : std::get<int64_t>(*asked);
-    const absl::StatusOr<int64_t> largest = LargestRank(*method_, resolved);
-    if (!largest.ok()) {
-      return Annotate(largest.status(), absl::StrCat("module ", Printable(module)));
-    }
-    const int64_t most = *largest;
-    if (rank > most) {
+    if (rank > *most) {
       notes.push_back(
-          absl::StrCat("rank ", most, " instead of ", rank, ": there is no more in it"));
+          absl::StrCat("rank ", *most, " instead of ", rank, ": there is no more in it"));
     }
-    return std::min(rank, most);
+    return std::min(rank, *most);
   }
 
-  absl::Status AddModule(const std::string& module, const Owners& owners) {
+  // Ranks that follow from the singular values of the merge: a module is merged once more for them.
+  absl::Status MeasureRanks() {
+    std::vector<Module*> measured;
+    int64_t largest = 0;
+    for (Module& module : opened_) {
+      if (module.energy == 0) continue;
+      measured.push_back(&module);
+      largest = std::max(largest, WholeMerge(module)->bytes());
+    }
+    return ForEachWhilePlanning(
+        plan_.options, static_cast<int64_t>(measured.size()), largest,
+        "the singular values of the largest module", [&](kernels::Backend& backend, int64_t i) {
+          return Annotate(Measure(backend, *measured[i]),
+                          absl::StrCat("module ", Printable(measured[i]->name)));
+        });
+  }
+
+  // With every direction that there may be.
+  std::shared_ptr<const TensorTask> WholeMerge(const Module& module) const {
+    AdapterModule whole = module.resolved;
+    whole.rank = *LargestRank(*method_, whole);  // OpenModule has seen that there is one
+    whole.params.erase("svd_clamp");
+    return method_->factors(*method_, whole);
+  }
+
+  absl::Status Measure(kernels::Backend& backend, Module& module) const {
+    AdapterModule& resolved = module.resolved;
+    const int64_t all = *LargestRank(*method_, resolved);
+    ASSIGN_OR_RETURN(const std::vector<float> factors,
+                     RunWhilePlanning(backend, *WholeMerge(module),
+                                      all * (resolved.in + resolved.out), module.tensor.inputs));
+    // Columns of B are singular vectors times their values.
+    std::vector<double> squares(all, 0.0);
+    for (int64_t i = 0; i < resolved.out * all; ++i) {
+      squares[i % all] += std::pow(double{factors[all * resolved.in + i]}, 2);
+    }
+    for (double& square : squares) square = std::sqrt(square);
+    resolved.rank =
+        std::max<int64_t>(RankOfEnergy(squares, resolved.rank, /*epsilon=*/0, module.energy), 1);
+    module.tensor.notes.push_back(
+        absl::StrCat("rank ", resolved.rank, " by svd_energy ", module.energy));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Module> OpenModule(const std::string& module, const Owners& owners) {
     RETURN_IF_ERROR(CheckShapes(module, owners));
     PlanTensor tensor;
     std::vector<ParamOrigins> origins;
@@ -431,9 +492,19 @@ class AdapterMerge {
                                           resolved.inputs[i].rank, ", scale ",
                                           resolved.inputs[i].scale));
     }
+    if (owners.size() < adapters_.size()) partly_.push_back(module);
+    const ParamValue* const asked = resolved.Find("svd_energy");
+    const double energy = asked == nullptr ? 0 : std::get<double>(*asked);
+    return Module{module, &first, std::move(resolved), std::move(tensor), stored, energy};
+  }
+
+  absl::Status AddModule(Module& module) {
+    const LoraFactors& first = *module.first;
+    PlanTensor& tensor = module.tensor;
+    const int64_t rank = module.resolved.rank;
     std::vector<int64_t> a(first.a.shape.extents().begin(), first.a.shape.extents().end());
     std::vector<int64_t> b(first.b.shape.extents().begin(), first.b.shape.extents().end());
-    a[0] = b[1] = resolved.rank;
+    a[0] = b[1] = rank;
     ASSIGN_OR_RETURN(const Shape shape_a, Shape::Make(a));
     ASSIGN_OR_RETURN(const Shape shape_b, Shape::Make(b));
     const absl::string_view name_a = first.embedding ? ".lora_embedding_A" : ".lora_A.weight";
@@ -441,12 +512,11 @@ class AdapterMerge {
     tensor.parts = {{absl::StrCat(tensor.name, name_a), shape_a},
                     {absl::StrCat(tensor.name, name_b), shape_b}};
     tensor.shape = Shape{shape_a.elements() + shape_b.elements()};
-    tensor.dtype = tensor.result_dtype = OutputDType(stored);
-    tensor.params["rank"] = resolved.rank;
-    tensor.task = method_->factors(*method_, resolved);
-    output_.ranks[module] = resolved.rank;
+    tensor.dtype = tensor.result_dtype = OutputDType(module.stored);
+    tensor.params["rank"] = rank;
+    tensor.task = method_->factors(*method_, module.resolved);
+    output_.ranks[module.name] = rank;
     output_.embeddings |= first.embedding;
-    if (owners.size() < adapters_.size()) partly_.push_back(module);
     plan_.tensors.push_back(std::move(tensor));
     return absl::OkStatus();
   }
@@ -572,6 +642,7 @@ class AdapterMerge {
   const AdapterMethod* method_ = nullptr;
   std::vector<Adapter> adapters_;  // as plan_.models
   std::map<std::string, Owners> modules_, biases_;
+  std::vector<Module> opened_;
   std::map<std::string, std::vector<Saved>> saved_;  // by the model's tensor
   int64_t largest_rank_ = 0;                         // by the configurations
   int64_t layers_ = 0;                               // as far as modules' names tell

@@ -3,15 +3,12 @@
 #include <re2/re2.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <thread>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/match.h"
@@ -20,12 +17,12 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "base/units.h"
-#include "kernels/backends.h"
 #include "kernels/linear_algebra.h"
 #include "merge/methods/common/low_rank.h"
 #include "merge/plan/adapter_files.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/plan_steps.h"
+#include "merge/plan/planning_work.h"
 
 namespace pewter {
 namespace {
@@ -86,20 +83,6 @@ bool StoresInOut(const Checkpoint& model) {
   const std::string name = type->get<std::string>();
   return name == "gpt2" || name == "openai-gpt" || name == "imagegpt" ||
          name == "decision_transformer";
-}
-
-// Values that stay: those above epsilon, at most `most`, and no more than the energy needs.
-int64_t RankOf(const std::vector<double>& values, int64_t most, double epsilon, double energy) {
-  double total = 0;
-  for (double value : values) total += value * value;
-  int64_t rank = 0;
-  double kept = 0;
-  while (rank < most && values[rank] > epsilon) {
-    if (energy > 0 && kept >= energy * total) break;
-    kept += values[rank] * values[rank];
-    ++rank;
-  }
-  return rank;
 }
 
 class Extraction {
@@ -370,28 +353,6 @@ class Extraction {
 
   // --- ranks from singular values --------------------------------------------------------------
 
-  absl::StatusOr<std::unique_ptr<kernels::Buffer>> LoadWhole(kernels::Backend& backend,
-                                                             const TensorSource& source) const {
-    constexpr int64_t kStep = int64_t{1} << 20;
-    const int64_t elements = source.shape().elements(), width = ByteWidth(source.dtype());
-    ASSIGN_OR_RETURN(std::unique_ptr<kernels::Buffer> buffer, backend.Allocate(elements * width));
-    std::unique_ptr<kernels::Buffer> staging;
-    if (!backend.host_memory()) {
-      ASSIGN_OR_RETURN(staging, backend.AllocateHost(kStep * width));
-    }
-    auto* const to = static_cast<std::byte*>(buffer->data());
-    for (int64_t first = 0; first < elements; first += kStep) {
-      const int64_t count = std::min(kStep, elements - first);
-      std::byte* const place = to + first * width;
-      std::byte* const host = staging == nullptr ? place : static_cast<std::byte*>(staging->data());
-      RETURN_IF_ERROR(source.Read(first, count, {host, size_t(count * width)}, nullptr));
-      if (staging == nullptr) continue;
-      RETURN_IF_ERROR(backend.Upload(host, place, count * width));
-      RETURN_IF_ERROR(backend.Synchronize());
-    }
-    return buffer;
-  }
-
   absl::Status Measure(kernels::Backend& backend, Module& module) const {
     ASSIGN_OR_RETURN(const PlanInput tuned_input, Input(0, module.tensor, module.dtype));
     ASSIGN_OR_RETURN(const PlanInput base_input, Input(1, module.tensor, module.dtype));
@@ -399,7 +360,7 @@ class Extraction {
     ASSIGN_OR_RETURN(const auto b, LoadWhole(backend, *base_input.source));
     ASSIGN_OR_RETURN(const std::vector<double> values,
                      Spectrum(backend, a->data(), b->data(), AsMatrix(module.shape), module.dtype));
-    module.rank = RankOf(values, module.rank, extract_.sv_epsilon, extract_.energy);
+    module.rank = RankOfEnergy(values, module.rank, extract_.sv_epsilon, extract_.energy);
     return absl::OkStatus();
   }
 
@@ -408,37 +369,12 @@ class Extraction {
     for (const Module& module : modules_) {
       largest = std::max(largest, SpectrumBytes(AsMatrix(module.shape), module.dtype));
     }
-    if (largest > plan_.options.memory_bytes) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the singular values of the largest weight need ", FormatBytes(largest),
-                       " and the memory budget is ", FormatBytes(plan_.options.memory_bytes),
-                       "; raise --memory"));
-    }
-    ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(plan_.options.device));
-    const int64_t workers = std::clamp<int64_t>(
-        largest == 0 ? 1 : plan_.options.memory_bytes / largest, 1, plan_.options.threads);
-    std::atomic<size_t> next{0};
-    std::mutex mutex;
-    absl::Status status;
-    const auto work = [&] {
-      const auto run = [&]() -> absl::Status {
-        ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend(device, /*threads=*/1));
-        for (size_t i = next++; i < modules_.size(); i = next++) {
-          RETURN_IF_ERROR(Annotate(Measure(*backend, modules_[i]),
-                                   absl::StrCat("tensor ", modules_[i].tensor)));
-        }
-        return absl::OkStatus();
-      };
-      const absl::Status done = run();
-      std::lock_guard lock(mutex);
-      if (status.ok()) status = done;
-      if (!done.ok()) next = modules_.size();
-    };
-    {
-      std::vector<std::jthread> threads;
-      for (int64_t i = 0; i < workers; ++i) threads.emplace_back(work);
-    }
-    return status;
+    return ForEachWhilePlanning(plan_.options, static_cast<int64_t>(modules_.size()), largest,
+                                "the singular values of the largest weight",
+                                [&](kernels::Backend& backend, int64_t i) {
+                                  return Annotate(Measure(backend, modules_[i]),
+                                                  absl::StrCat("tensor ", modules_[i].tensor));
+                                });
   }
 
   // --- the plan's tensors ----------------------------------------------------------------------

@@ -324,6 +324,46 @@ TEST_F(AdapterMerge, CatAndSvdOfFullRankAreTheSum) {
   EXPECT_EQ(config_["rank_pattern"], (json{{kK, 6}}));
 }
 
+// The rank is the least that keeps the energy: a rank less would not.
+TEST_F(AdapterMerge, RankFollowsFromEnergy) {
+  std::vector<TinyTensor> a = Factors(kQ, 40, 24, 4, 1), b = Factors(kQ, 40, 24, 7, 5);
+  for (const TinyTensor& one : Factors(kK, 6, 30, 4, 9)) a.push_back(one);
+  for (const TinyTensor& one : Factors(kK, 6, 30, 7, 12)) b.push_back(one);
+  Write("a", Config(4, 8), a);
+  Write("b", Config(7, 3), b);
+  const std::vector<std::string> models = {"a: {weight: 1}", "b: {weight: 2}"};
+  const auto square = [](const std::vector<double>& values) {
+    double sum = 0;
+    for (double value : values) sum += value * value;
+    return sum;
+  };
+  const auto rank_of = [](const Tensors& merged, const char* module) {
+    return merged.at(absl::StrCat(kPrefix, module, ".lora_A.weight")).shape[0];
+  };
+  for (const char* method : {"svd", "ties_svd", "drm"}) {
+    SCOPED_TRACE(method);
+    const std::string more = method == std::string("svd") ? "" : "density: 0.5, ";
+    const auto merge = [&](absl::string_view rank) {
+      return Merge(RecipeOf(method, models, absl::StrCat("{", more, rank, "}")));
+    };
+    const Tensors whole = merge("svd_rank: 100"), some = merge("svd_energy: 0.9");
+    for (const char* module : {kQ, kK}) {
+      const double all = square(Product(whole, module));
+      const int64_t rank = rank_of(some, module);
+      EXPECT_GE(square(Product(some, module)), 0.9 * all);
+      ASSERT_GT(rank, 1);
+      ASSERT_LT(rank, rank_of(whole, module));
+      const Tensors less = merge(absl::StrCat("svd_rank: ", rank - 1));
+      EXPECT_LT(square(Product(less, module)), 0.9 * all);
+    }
+    EXPECT_EQ(rank_of(merge("svd_energy: 0.9, svd_rank: 1"), kQ), 1);
+    EXPECT_EQ(config_["r"], 1);
+  }
+  options_.memory_bytes = 4096;
+  EXPECT_THAT(PlanOf(RecipeOf("svd", models, "{svd_energy: 0.9}")),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("raise --memory")));
+}
+
 TEST_F(AdapterMerge, CatCopiesFactorsWhenNothingScales) {
   Write("a", Config(4, 4), Factors(kQ, 10, 12, 4, 1));
   Write("b", Config(2, 4), Factors(kQ, 10, 12, 2, 3));

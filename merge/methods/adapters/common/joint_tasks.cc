@@ -151,34 +151,29 @@ std::vector<Param> JointParams() {
   Param weight = WeightParam();
   weight.help = "factor of this adapter's entries in the mean, after the signs are elected";
   weight.fallback = 1.0;
-  return {weight,
-          {.name = "density",
-           .help = "share of the entries of the normalised singular matrices that is kept, of all "
-                   "adapters together; 1: nothing is trimmed",
-           .fallback = 0.2,
-           .min = 0,
-           .max = 1},
-          {.name = "direction",
-           .help = "which way the adapters' products are stacked",
-           .type = ParamType::kString,
-           .fallback = "horizontal",
-           .choices = {"horizontal", "vertical"}},
-          {.name = "disjoint_mean",
-           .help = "divide by the number of adapters that count at a place; false: by all",
-           .type = ParamType::kBool,
-           .fallback = true},
-          {.name = "rank_cut",
-           .help = "directions whose singular value is not above this share of the largest are "
-                   "dropped",
-           .fallback = 0.01,
-           .min = 1e-6,
-           .max = 1},
-          {.name = "svd_rank",
-           .help = "rank of every module, at most its shorter side and the sum of the adapters' "
-                   "ranks; unset: the largest rank that any of the adapters has",
-           .type = ParamType::kInt,
-           .fallback = Unset{},
-           .min = 1}};
+  return WithRankParams(
+      {weight,
+       {.name = "density",
+        .help = "share of the entries of the normalised singular matrices that is kept, of all "
+                "adapters together; 1: nothing is trimmed",
+        .fallback = 0.2,
+        .min = 0,
+        .max = 1},
+       {.name = "direction",
+        .help = "which way the adapters' products are stacked",
+        .type = ParamType::kString,
+        .fallback = "horizontal",
+        .choices = {"horizontal", "vertical"}},
+       {.name = "disjoint_mean",
+        .help = "divide by the number of adapters that count at a place; false: by all",
+        .type = ParamType::kBool,
+        .fallback = true},
+       {.name = "rank_cut",
+        .help = "directions whose singular value is not above this share of the largest are "
+                "dropped",
+        .fallback = 0.01,
+        .min = 1e-6,
+        .max = 1}});
 }
 
 std::shared_ptr<const TensorTask> MakeDrmTask(const AdapterMethod&, const AdapterModule& module) {

@@ -10,7 +10,7 @@
 
 namespace pewter::adapters {
 
-// weight, density, direction, disjoint_mean, rank_cut, svd_rank.
+// weight, density, direction, disjoint_mean, rank_cut, and those of the rank.
 std::vector<Param> JointParams();
 
 std::shared_ptr<const TensorTask> MakeDrmTask(const AdapterMethod& method,

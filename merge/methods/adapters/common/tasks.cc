@@ -460,14 +460,24 @@ std::shared_ptr<const TensorTask> MakeSvdTask(const AdapterMethod& method,
   return std::make_shared<const DenseSvdTask>(method, module);
 }
 
-std::vector<Param> WithSvdParams(std::vector<Param> params) {
+std::vector<Param> WithRankParams(std::vector<Param> params) {
   params.push_back({.name = "svd_rank",
-                    .help =
-                        "rank of every module, at most its shorter side; unset: the largest rank "
-                        "that any of the adapters has",
+                    .help = "rank of every module, at most what the merge can have; unset: the "
+                            "largest rank that any of the adapters has",
                     .type = ParamType::kInt,
                     .fallback = Unset{},
                     .min = 1});
+  params.push_back({.name = "svd_energy",
+                    .help = "the least rank that keeps this share of a module's squared singular "
+                            "values, at most svd_rank where that is set; found while planning",
+                    .fallback = Unset{},
+                    .min = 1e-6,
+                    .max = 1});
+  return params;
+}
+
+std::vector<Param> WithSvdParams(std::vector<Param> params) {
+  params = WithRankParams(std::move(params));
   params.push_back({.name = "svd_clamp",
                     .help = "clamps the entries of both factors to this quantile of them",
                     .fallback = Unset{},

@@ -28,5 +28,7 @@ std::shared_ptr<const TensorTask> MakeSvdTask(const AdapterMethod& method,
 
 // The parameters of a method that decomposes: `params` and those of MakeSvdTask.
 std::vector<Param> WithSvdParams(std::vector<Param> params);
+// Those of them that say what the rank is.
+std::vector<Param> WithRankParams(std::vector<Param> params);
 
 }  // namespace pewter::adapters
