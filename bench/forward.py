@@ -4,10 +4,12 @@
 
 VENV has torch, transformers and safetensors. Two random models of 110 M parameters are made in a temporary folder.
 Compared are the forward pass alone, and the pass that sums the cross moments of two models at every feature site that
-alignment uses; PyTorch does the latter with hooks, products of 4096 tokens in float32 and sums in float64.
+alignment uses; PyTorch does the latter with hooks, products of 4096 tokens in float32 and sums in float64. Its time is
+that of the pass alone, without start and loading, as is ours here. Last, `pewter align` of the pair, from start to end.
+Prints tables and writes bench/results/forward-DATE.json.
 """
 import argparse
-import json
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -77,24 +79,42 @@ def main():
     measure.add_common_arguments(parser)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="pairs of runs; default: %(default)s")
+    parser.add_argument("--memory", default="1GiB", help="of pewter align; default: %(default)s")
     arguments = parser.parse_args()
+    if not arguments.peer:
+        parser.error("give --peer or PEWTER_PEER_VENV")
     python = pathlib.Path(arguments.peer) / "bin/python"
+    report = {"machine": measure.machine(), "pewter": measure.pewter_version(arguments.bin), "versions": measure.package_versions(python, ["torch", "transformers"]),
+              "tokens": arguments.tokens, "threads": arguments.threads, "passes": [], "alignments": []}
+
+    def timed(command):
+        run = measure.run(command)
+        return run | {"pass_s": float(run["output"].split()[-1])}
+
+    passes, alignments = [], []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([python, "-c", MAKE, folder, str(arguments.tokens)], check=True)
+        subprocess.run([python, "-c", MAKE, folder, str(arguments.tokens)], check=True, stderr=subprocess.DEVNULL)
         data, models = f"{folder}/data.safetensors", [f"{folder}/0", f"{folder}/1"]
         for grams, used in (("none", models[:1]), ("cross", models)):
             ours = [arguments.bin / "pewter_statistics_pass", data, arguments.threads, grams, f"{folder}/out.safetensors", *used]
             theirs = [python, "-c", SCRIPT, data, arguments.threads, grams, *used]
-            rows = []
-            for _ in range(arguments.repeat):
-                row = {}
-                for name, command in (("pewter", ours), ("torch", theirs)):
-                    run = measure.run(command)
-                    row[name] = {key: run[key] for key in ("wall_s", "cpu_s", "peak_rss_bytes")}
-                    row[name]["pass_s"] = float(run["output"].split()[-1])
-                rows.append(row)
-            print(json.dumps({"grams": grams, "tokens": arguments.tokens, "threads": arguments.threads, "runs": rows}))
+            measured = measure.pairs(arguments.repeat, lambda: timed(ours), lambda: timed(theirs))
+            ratio = measure.ratio(measured, "pass_s")
+            report["passes"].append({"grams": grams, "runs": measure.without_output(measured), "ratio": ratio})
+            first, second = ([pair[i] for pair in measured] for i in (0, 1))
+            passes.append([{"none": "forward", "cross": "statistics of two"}[grams], f"{measure.median(first, 'pass_s'):.1f}", f"{measure.median(second, 'pass_s'):.1f}", f"{ratio['median']:.2f}",
+                           *(f"{max(run['peak_rss_bytes'] for run in runs) >> 20}" for runs in (first, second))])
+        for method in ("permutation", "staged"):
+            run = measure.run([arguments.bin / "pewter", "align", *models, f"{folder}/{method}", "--method", method, "--evidence", "activations", "--calibration", data,
+                               "--device", "cpu", "--threads", arguments.threads, "--memory", arguments.memory, "--quiet"])
+            del run["output"]
+            report["alignments"].append(run | {"method": method, "memory": arguments.memory})
+            alignments.append([method, f"{run['wall_s']:.1f}", f"{run['cpu_s']:.1f}", f"{run['peak_rss_bytes'] >> 20}", f"{run['peak_anonymous_bytes'] >> 20}"])
+    print(measure.table(["pass", "Pewter s", "PyTorch s", "times less", "Pewter MiB", "PyTorch MiB"], passes))
+    print(measure.table(["pewter align", "wall s", "CPU s", "peak MiB", "of it anonymous"], alignments))
+    report["machine"]["load_after"] = os.getloadavg()
+    print("\nwritten:", measure.write_results(arguments.results, "forward", report))
 
 
 if __name__ == "__main__":
