@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/cuda/plugin.h"
+#include "kernels/cuda/scratch.h"
 #include "kernels/cuda/stream.h"
 #include "kernels/ops/float_formats.h"
 
@@ -116,29 +117,6 @@ struct LinearHandles {
 };
 
 namespace {
-
-// --- Memory -------------------------------------------------------------------------------------
-
-class Scratch {
- public:
-  explicit Scratch(Stream* stream) : stream_(stream) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_->stream);
-  }
-  // Once.
-  int Take(int64_t bytes) {
-    RETURN_IF_CUDA_ERROR(
-        cudaMallocAsync(&data_, static_cast<size_t>(std::max<int64_t>(bytes, 1)), stream_->stream));
-    return cudaSuccess;
-  }
-  void* data() const { return data_; }
-  double* doubles() const { return static_cast<double*>(data_); }
-
- private:
-  Stream* const stream_;
-  void* data_ = nullptr;
-};
 
 // Workspaces of a cuSOLVER call, and its `info`.
 struct Workspace {

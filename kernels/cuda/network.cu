@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/lanes.h"
 #include "kernels/cuda/plugin.h"
+#include "kernels/cuda/scratch.h"
 #include "kernels/cuda/stream.h"
 
 namespace pewter::kernels::cuda {
@@ -30,26 +31,6 @@ unsigned Blocks(int64_t elements) {
 unsigned RowBlocks(int64_t rows) {
   return static_cast<unsigned>(std::clamp<int64_t>(rows, 1, kMostBlocks));
 }
-
-class Scratch {
- public:
-  explicit Scratch(Stream* stream) : stream_(stream) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_->stream);
-  }
-  // Once.
-  int Take(int64_t bytes) {
-    RETURN_IF_CUDA_ERROR(
-        cudaMallocAsync(&data_, static_cast<size_t>(std::max<int64_t>(bytes, 1)), stream_->stream));
-    return cudaSuccess;
-  }
-  float* floats() const { return static_cast<float*>(data_); }
-
- private:
-  Stream* const stream_;
-  void* data_ = nullptr;
-};
 
 // --- Elementwise --------------------------------------------------------------------------------
 
