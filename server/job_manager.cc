@@ -14,6 +14,7 @@
 #include "server/clock.h"
 #include "server/digest.h"
 #include "server/errors.h"
+#include "server/jobs/job_rules.h"
 #include "server/jobs/job_state.h"
 #include "server/log.h"
 #include "server/random_token.h"
@@ -27,18 +28,14 @@ constexpr int kEventsPerRead = 100;
 // How long the reaper and watchers are deaf to a stop or a client that has gone.
 constexpr absl::Duration kPollInterval = absl::Milliseconds(250);
 constexpr absl::Duration kStoreRetry = absl::Seconds(1);
+constexpr int kMostStartDoublings = 6;
+constexpr int kExpiredAtOnce = 100;
+// A lease is renewed when so much of it is over.
+constexpr int kRenewalsPerLease = 5;
 
 // "JOB_STATE_RUNNING" as logs and messages say it.
 std::string StateName(v1::JobState state) {
   return v1::JobState_Name(state).substr(sizeof("JOB_STATE_") - 1);
-}
-
-v1::JobError CancelledError() {
-  v1::JobError error;
-  error.set_code(static_cast<int>(absl::StatusCode::kCancelled));
-  error.set_reason("CANCELLED_BY_CLIENT");
-  error.set_message("cancelled; finished shards stay at the destination");
-  return error;
 }
 
 v1::JobError WorkerLostError(absl::string_view message) {
@@ -90,6 +87,7 @@ JobManager::JobManager(std::unique_ptr<JobStore> store, const JobManagerOptions&
     : options_(options), store_(std::move(store)), hub_(options.max_watches) {}
 
 JobManager::~JobManager() {
+  store_->Listen(nullptr);
   hub_.Close();
   {
     absl::MutexLock lock(&mutex_);
@@ -104,13 +102,14 @@ absl::Status JobManager::Start(std::unique_ptr<Executor> executor) {
   {
     absl::MutexLock lock(&mutex_);
     executor_ = std::move(executor);
-    ASSIGN_OR_RETURN(const std::vector<std::string> held, store_->Held());
-    for (const std::string& id : held) {
-      ASSIGN_OR_RETURN(const v1::Job job, store_->Get(id));
-      RETURN_IF_ERROR(GiveUpAttempt(job, WorkerLostError("the server stopped while the job ran"),
-                                    /*counts=*/true));
+    ASSIGN_OR_RETURN(const std::vector<v1::Job> held, store_->Held(options_.server));
+    for (const v1::Job& job : held) {
+      RETURN_IF_ERROR(
+          GiveUp(job.id(), {.lease_generation = job.lease_generation(),
+                            .why = WorkerLostError("the server stopped while the job ran")}));
     }
   }
+  store_->Listen([this](const JobNotice& notice) { OnNotice(notice); });
   scheduler_ = std::thread([this] { Schedule(); });
   reaper_ = std::thread([this] { Reap(); });
   return absl::OkStatus();
@@ -171,18 +170,23 @@ absl::StatusOr<v1::ListJobsResponse> JobManager::List(const v1::ListJobsRequest&
 
 absl::StatusOr<v1::Job> JobManager::Cancel(absl::string_view id) {
   absl::MutexLock lock(&mutex_);
-  ASSIGN_OR_RETURN(const v1::Job job, store_->Get(id));
-  if (IsFinal(job.state()) || job.cancel_requested()) return job;
-  if (job.state() == v1::JOB_STATE_QUEUED) {
-    return Transition(id, job.state(), v1::JOB_STATE_CANCELLED, {.error = CancelledError()});
+  ASSIGN_OR_RETURN(v1::Job job, store_->RequestCancel(id));
+  if (job.cancel_requested()) {
+    Log(LogLevel::kInfo, "cancel requested", {{"job", std::string(id)}});
+    if (const auto it = workers_.find(id); it != workers_.end()) CancelWorker(id, it->second);
+  } else {
+    Announce(job);
   }
-  if (const auto it = workers_.find(id); it != workers_.end()) {
-    it->second.cancel = true;
-    it->second.cancel_deadline = BootClock() + options_.cancel_grace;
-    schedule_.Signal();
-  }
-  Log(LogLevel::kInfo, "cancel requested", {{"job", std::string(id)}});
-  return store_->RequestCancel(id);
+  return job;
+}
+
+void JobManager::CancelWorker(absl::string_view id, Worker& worker) {
+  if (worker.cancel) return;
+  worker.cancel = true;
+  worker.cancel_deadline = BootClock() + options_.cancel_grace;
+  // It has done nothing yet that would have to be ended in order.
+  if (!worker.started) executor_->Cancel(id, Executor::CancelMode::kKill);
+  schedule_.Signal();
 }
 
 absl::Status JobManager::Delete(absl::string_view id) {
@@ -210,22 +214,31 @@ absl::Status JobManager::Watch(const v1::WatchJobRequest& request,
                      {{"job_id", job.id()}, {"sequence", absl::StrCat(job.sequence())}});
   }
   int64_t progress_version = 0;
+  int64_t told = 0;  // sequence of the latest notice
+  bool look = true;
+  absl::Duration looked;
   while (true) {
-    ASSIGN_OR_RETURN(const std::vector<v1::JobEvent> events,
-                     store_->Events(request.job_id(), sequence, kEventsPerRead));
-    for (const v1::JobEvent& event : events) {
-      if (!sink(event)) return absl::CancelledError("the client is gone");
-      sequence = event.sequence();
-      if (IsFinal(event.state_change().state())) return absl::OkStatus();
+    if (look) {
+      looked = BootClock();
+      ASSIGN_OR_RETURN(const std::vector<v1::JobEvent> events,
+                       store_->Events(request.job_id(), sequence, kEventsPerRead));
+      for (const v1::JobEvent& event : events) {
+        if (!sink(event)) return absl::CancelledError("the client is gone");
+        sequence = event.sequence();
+        if (IsFinal(event.state_change().state())) return absl::OkStatus();
+      }
+      if (!events.empty()) continue;
+      if (IsFinal(job.state())) return absl::OkStatus();
     }
-    if (!events.empty()) continue;
-    if (IsFinal(job.state())) return absl::OkStatus();
-
-    const WatchHub::Watch::News news = watch.Wait(sequence, progress_version, kPollInterval);
+    told = std::max(told, sequence);
+    const WatchHub::Watch::News news = watch.Wait(told, progress_version, kPollInterval);
     if (news.closed) return DrainingError();
     if (cancelled()) return absl::CancelledError("the client is gone");
-    // A job that is gone, or has events, is found in the store.
-    if (news.gone || news.progress_version <= progress_version) continue;
+    // A job that is gone, or has events, is found in the store; and it may have them without a
+    // notice.
+    look = news.gone || news.sequence > told || BootClock() - looked >= options_.look;
+    told = std::max(told, news.sequence);
+    if (look || news.progress_version <= progress_version) continue;
     progress_version = news.progress_version;
     v1::JobEvent event;
     event.set_sequence(sequence);
@@ -240,8 +253,8 @@ absl::Status JobManager::Watch(const v1::WatchJobRequest& request,
 // Workers.
 
 absl::Status JobManager::CheckToken(absl::string_view token, absl::string_view job_id) {
-  const auto it = tokens_.find(job_id);
-  if (it == tokens_.end() || !SecretsEqual(it->second, token)) {
+  const auto it = workers_.find(job_id);
+  if (it == workers_.end() || !SecretsEqual(it->second.token, token)) {
     return MakeError(absl::StatusCode::kUnauthenticated, "TOKEN_INVALID",
                      "the token is not one of a job that runs here");
   }
@@ -251,31 +264,45 @@ absl::Status JobManager::CheckToken(absl::string_view token, absl::string_view j
 absl::StatusOr<JobManager::Worker*> JobManager::FindLease(absl::string_view job_id,
                                                           int64_t generation) {
   const auto it = workers_.find(job_id);
-  if (it == workers_.end() || generation == 0 || it->second.generation != generation ||
+  if (it == workers_.end() || !it->second.started || it->second.generation != generation ||
       it->second.finished) {
     return LeaseLost(job_id);
   }
   return &it->second;
 }
 
+absl::StatusOr<v1::Job> JobManager::Renew(absl::string_view id, Worker& worker) {
+  // Before the store's clock is read: a worker never counts on more than the store grants.
+  const absl::Duration now = BootClock();
+  ASSIGN_OR_RETURN(v1::Job job,
+                   store_->RenewLease(id, worker.generation, options_.lease, worker.progress));
+  worker.renewed = now;
+  // By another server.
+  if (job.cancel_requested()) CancelWorker(id, worker);
+  return job;
+}
+
+absl::Duration JobManager::LeaseLeft(const Worker& worker) const {
+  return std::max(worker.renewed + options_.lease - BootClock(), absl::ZeroDuration());
+}
+
 absl::StatusOr<v1::ClaimJobResponse> JobManager::Claim(absl::string_view token,
                                                        const v1::ClaimJobRequest& request) {
   absl::MutexLock lock(&mutex_);
   RETURN_IF_ERROR(CheckToken(token, request.job_id()));
-  const auto it = workers_.find(request.job_id());
-  if (it == workers_.end() || it->second.generation != 0) return LeaseLost(request.job_id());
+  Worker& worker = workers_.find(request.job_id())->second;
+  if (worker.started) return LeaseLost(request.job_id());
   if (draining_) return DrainingError();
-  Worker& worker = it->second;
+  if (worker.cancel) {
+    return MakeError(absl::StatusCode::kCancelled, "CANCELLED_BY_CLIENT", "the job was cancelled",
+                     {{"job_id", request.job_id()}});
+  }
   v1::ClaimJobResponse response;
-  ASSIGN_OR_RETURN(*response.mutable_job(),
-                   store_->Claim(request.job_id(), absl::Now() + options_.lease));
-  worker.generation = response.job().lease_generation();
-  worker.state = response.job().state();
-  worker.renewed = BootClock();
+  ASSIGN_OR_RETURN(*response.mutable_job(), Renew(request.job_id(), worker));
+  worker.started = true;
   worker.deadline = worker.renewed + options_.lease;
   schedule_.Signal();  // which waits for the later end of the time to start
-  SetDuration(options_.lease, response.mutable_lease_duration());
-  Announce(response.job());
+  SetDuration(LeaseLeft(worker), response.mutable_lease_duration());
   Log(LogLevel::kInfo, "job claimed",
       {{"job", request.job_id()},
        {"worker", request.worker()},
@@ -300,10 +327,8 @@ absl::StatusOr<v1::HeartbeatResponse> JobManager::Heartbeat(absl::string_view to
   }
   const absl::Duration now = BootClock();
   worker->deadline = now + options_.lease;
-  if (now - worker->renewed >= options_.lease / 5) {
-    RETURN_IF_ERROR(
-        store_->RenewLease(id, worker->generation, absl::Now() + options_.lease, worker->progress));
-    worker->renewed = now;
+  if (request.confirm_lease() || now - worker->renewed >= options_.lease / kRenewalsPerLease) {
+    RETURN_IF_ERROR(Renew(id, *worker).status());
   }
   v1::HeartbeatResponse response;
   if (worker->cancel) {
@@ -311,7 +336,7 @@ absl::StatusOr<v1::HeartbeatResponse> JobManager::Heartbeat(absl::string_view to
   } else if (draining_) {
     response.set_stop(v1::STOP_REASON_DRAIN);
   }
-  SetDuration(options_.lease, response.mutable_lease_duration());
+  SetDuration(LeaseLeft(*worker), response.mutable_lease_duration());
   return response;
 }
 
@@ -343,13 +368,20 @@ absl::Status JobManager::Finish(absl::string_view token, const v1::FinishJobRequ
       break;
     }
     case v1::FinishJobRequest::kYielded: {
-      ASSIGN_OR_RETURN(const v1::Job job, store_->Get(id));
-      status = GiveUpAttempt(job, WorkerLostError("the worker was told to stop"),
-                             /*counts=*/!draining_);
+      status = GiveUp(id, {.lease_generation = worker->generation,
+                           .why = WorkerLostError("the worker was told to stop"),
+                           .counts = !draining_});
       break;
     }
     case v1::FinishJobRequest::RESULT_NOT_SET:
       return BadRequestError("FIELD_INVALID", {{"result", "must be set"}});
+  }
+  if (absl::IsAborted(status)) {
+    // Perhaps because it was done before, and the answer was lost between the store and here.
+    const absl::StatusOr<v1::Job> job = store_->Get(id);
+    if (job.ok() && IsFinal(job->state()) && job->lease_generation() == worker->generation) {
+      status = absl::OkStatus();
+    }
   }
   RETURN_IF_ERROR(status);
   worker->finished = true;
@@ -362,7 +394,15 @@ absl::Status JobManager::Advance(absl::string_view job_id, Worker& worker, v1::J
                                  const JobChange& change) {
   while (worker.state < state) {
     const v1::JobState next = NextState(worker.state);
-    RETURN_IF_ERROR(Transition(job_id, worker.state, next, change).status());
+    const absl::Status moved = Transition(job_id, worker.state, next, change).status();
+    if (ReasonOf(moved) == "STATE_CHANGED") {
+      // By an earlier call whose answer was lost between the store and here.
+      ASSIGN_OR_RETURN(const v1::Job job, store_->Get(job_id));
+      if (!IsHeld(job.state()) || job.state() <= worker.state) return moved;
+      worker.state = job.state();
+      continue;
+    }
+    RETURN_IF_ERROR(moved);
     worker.state = next;
   }
   return absl::OkStatus();
@@ -371,10 +411,6 @@ absl::Status JobManager::Advance(absl::string_view job_id, Worker& worker, v1::J
 absl::StatusOr<v1::Job> JobManager::Transition(absl::string_view id, v1::JobState from,
                                                v1::JobState to, const JobChange& change) {
   ASSIGN_OR_RETURN(v1::Job job, store_->Transition(id, from, to, change));
-  if (IsFinal(to)) {
-    tokens_.erase(id);
-    not_before_.erase(id);
-  }
   Announce(job);
   return job;
 }
@@ -398,27 +434,16 @@ absl::Status JobManager::AddWarnings(
   return absl::OkStatus();
 }
 
-absl::Status JobManager::GiveUpAttempt(const v1::Job& job, v1::JobError why, bool counts) {
-  if (job.cancel_requested()) {
-    return Transition(job.id(), job.state(), v1::JOB_STATE_CANCELLED, {.error = CancelledError()})
-        .status();
-  }
-  if (!counts) {
-    return Transition(job.id(), job.state(), v1::JOB_STATE_QUEUED, {.refund_attempt = true})
-        .status();
-  }
-  (*why.mutable_metadata())["attempts"] = absl::StrCat(job.attempt());
-  if (job.attempt() >= options_.max_attempts) {
-    why.set_message(absl::StrCat(why.message(), "; given up after ", job.attempt(), " attempts"));
-    return Transition(job.id(), job.state(), v1::JOB_STATE_FAILED, {.error = std::move(why)})
-        .status();
-  }
-  not_before_[job.id()] =
-      BootClock() + options_.retry_delay * (int64_t{1} << std::min(job.attempt() - 1, 20));
-  const absl::Status status =
-      Transition(job.id(), job.state(), v1::JOB_STATE_QUEUED, {.error = std::move(why)}).status();
+absl::Status JobManager::GiveUp(absl::string_view id, LostAttempt lost) {
+  lost.max_attempts = options_.max_attempts;
+  if (lost.counts) lost.retry_delay = options_.retry_delay;
+  const absl::StatusOr<v1::Job> job = store_->GiveUp(id, lost);
+  // By another server, or the job is gone.
+  if (absl::IsAborted(job.status()) || absl::IsNotFound(job.status())) return absl::OkStatus();
+  RETURN_IF_ERROR(job.status());
+  Announce(*job);
   schedule_.Signal();
-  return status;
+  return absl::OkStatus();
 }
 
 absl::Status JobManager::OnExit(const WorkerExit& exit) {
@@ -432,27 +457,15 @@ absl::Status JobManager::OnExit(const WorkerExit& exit) {
          {"exit_code", absl::StrCat(exit.exit_code)},
          {"signal", absl::StrCat(exit.signal)},
          {"stderr", exit.stderr_tail}});
-    const absl::Status status =
-        RecordLoss(exit.job_id, WorkerLostError(exit, worker.killed && !worker.cancel));
-    if (!status.ok() && !absl::IsNotFound(status)) return status;
+    RETURN_IF_ERROR(
+        GiveUp(exit.job_id, {.lease_generation = worker.generation,
+                             .why = WorkerLostError(exit, worker.killed && !worker.cancel),
+                             .counts = !draining_}));
   }
   workers_.erase(it);
   schedule_.Signal();
   idle_.SignalAll();
   return absl::OkStatus();
-}
-
-absl::Status JobManager::RecordLoss(absl::string_view id, v1::JobError why) {
-  ASSIGN_OR_RETURN(v1::Job job, store_->Get(id));
-  if (IsFinal(job.state())) return absl::OkStatus();
-  if (job.state() == v1::JOB_STATE_QUEUED) {
-    if (draining_) return absl::OkStatus();
-    // It ended before it claimed: an attempt like others, or a worker that cannot start would be
-    // started for ever.
-    ASSIGN_OR_RETURN(job, store_->Claim(id, absl::Now()));
-    Announce(job);
-  }
-  return GiveUpAttempt(job, std::move(why), /*counts=*/!draining_);
 }
 
 // Threads.
@@ -481,9 +494,12 @@ void JobManager::Reap() {
 void JobManager::Schedule() {
   absl::MutexLock lock(&mutex_);
   while (!stopping_) {
-    const absl::Duration overdue = KillOverdueWorkers();
-    const absl::Duration startable = StartWorkers();
-    schedule_.WaitWithTimeout(&mutex_, std::min(overdue, startable));
+    // What comes first may make work for what comes after.
+    absl::Duration wait = KillOverdueWorkers();
+    wait = std::min(wait, KeepLeasesOfStarting());
+    wait = std::min(wait, GiveUpExpired());
+    wait = std::min(wait, StartWorkers());
+    schedule_.WaitWithTimeout(&mutex_, wait);
   }
 }
 
@@ -503,44 +519,140 @@ absl::Duration JobManager::KillOverdueWorkers() {
   return wait;
 }
 
-absl::Duration JobManager::StartWorkers() {
+absl::Duration JobManager::KeepLeasesOfStarting() {
+  const absl::Duration interval = options_.lease / kRenewalsPerLease;
   absl::Duration wait = absl::InfiniteDuration();
-  while (!draining_ && static_cast<int>(workers_.size()) < options_.workers) {
-    const absl::StatusOr<std::string> id = NextJob(wait);
-    if (!id.ok()) {
-      Log(LogLevel::kError, "cannot read the queue",
-          {{"error", std::string(id.status().message())}});
-      return kStoreRetry;
+  for (auto& [id, worker] : workers_) {
+    if (worker.started || worker.killed) continue;
+    const absl::Duration left = worker.renewed + interval - BootClock();
+    if (left > absl::ZeroDuration()) {
+      wait = std::min(wait, left);
+      continue;
     }
-    if (id->empty()) break;
-    std::string& token = tokens_[*id];
-    if (token.empty()) token = RandomHex(32);
-    not_before_.erase(*id);
-    workers_[*id] = {.deadline = BootClock() + options_.start_limit};
-    const absl::Status status = executor_->Submit({.job_id = *id, .token = token});
-    if (!status.ok()) {
-      // The machine's fault, not the job's: no attempt is counted.
-      Log(LogLevel::kError, "cannot start a worker",
-          {{"job", *id}, {"error", std::string(status.message())}});
-      workers_.erase(*id);
-      return kStoreRetry;
+    const absl::Status renewed = Renew(id, worker).status();
+    if (absl::IsAborted(renewed)) {
+      worker.killed = true;
+      executor_->Cancel(id, Executor::CancelMode::kKill);
     }
+    wait = std::min(wait, renewed.ok() ? interval : kStoreRetry);
   }
   return wait;
 }
 
-absl::StatusOr<std::string> JobManager::NextJob(absl::Duration& wait) {
-  // Every job that is passed over is in one of the maps, so one more than they hold is enough.
-  const int limit = static_cast<int>(workers_.size() + not_before_.size()) + 1;
-  ASSIGN_OR_RETURN(const std::vector<std::string> queue, store_->Queue(limit));
+absl::Duration JobManager::GiveUpExpired() {
   const absl::Duration now = BootClock();
-  for (const std::string& id : queue) {
-    if (workers_.contains(id)) continue;
-    const auto it = not_before_.find(id);
-    if (it == not_before_.end() || it->second <= now) return id;
-    wait = std::min(wait, it->second - now);
+  if (now < next_look_) return next_look_ - now;
+  next_look_ = now + options_.look;
+  const absl::StatusOr<std::vector<v1::Job>> expired = store_->Expired(kExpiredAtOnce);
+  if (!expired.ok()) {
+    Log(LogLevel::kError, "cannot look for expired leases",
+        {{"error", std::string(expired.status().message())}});
+    return options_.look;
   }
-  return std::string();
+  for (const v1::Job& job : *expired) {
+    // Of a worker of this server its own clock decides, and its exit.
+    const auto it = workers_.find(job.id());
+    if (it != workers_.end() && it->second.generation == job.lease_generation()) continue;
+    Log(LogLevel::kWarning, "lease expired", {{"job", job.id()}, {"server", job.server()}});
+    const absl::Status status =
+        GiveUp(job.id(), {.lease_generation = job.lease_generation(),
+                          .only_if_expired = true,
+                          .why = WorkerLostError(absl::StrCat(
+                              "server ", job.server(), " did not renew its lease on the job"))});
+    if (!status.ok()) break;
+  }
+  return options_.look;
+}
+
+absl::Duration JobManager::StartWorkers() {
+  while (!draining_ && static_cast<int>(workers_.size()) < options_.workers) {
+    const absl::Duration now = BootClock();
+    if (now < no_start_before_) return no_start_before_ - now;
+    const absl::StatusOr<JobStore::Claimed> claimed =
+        store_->Claim(options_.server, options_.lease);
+    if (!claimed.ok()) {
+      Log(LogLevel::kError, "cannot claim a job",
+          {{"error", std::string(claimed.status().message())}});
+      return kStoreRetry;
+    }
+    if (!claimed->job) return std::min(claimed->next, options_.look);
+    StartWorker(*claimed->job, now);
+  }
+  return absl::InfiniteDuration();
+}
+
+void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
+  Announce(job);
+  // Not the job's fault: the attempt does not count, and another server may be quicker.
+  const auto give_back = [&](absl::string_view why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    Log(LogLevel::kError, "cannot start a worker",
+        {{"job", job.id()}, {"error", std::string(why)}});
+    const absl::Status status = GiveUp(
+        job.id(),
+        {.lease_generation = job.lease_generation(), .counts = false, .retry_delay = kStoreRetry});
+    if (!status.ok()) {
+      Log(LogLevel::kError, "cannot give a job back",
+          {{"job", job.id()}, {"error", std::string(status.message())}});
+    }
+  };
+  // A worker of this server from whom another one has taken the job is still to die.
+  if (workers_.contains(job.id())) {
+    executor_->Cancel(job.id(), Executor::CancelMode::kKill);
+    give_back("its last one is still there");
+    return;
+  }
+  const std::string token = RandomHex(32);
+  workers_[job.id()] = {.token = token,
+                        .generation = job.lease_generation(),
+                        .deadline = claimed + options_.start_limit,
+                        .renewed = claimed};
+  const absl::Status status = executor_->Submit({.job_id = job.id(), .token = token});
+  if (status.ok()) {
+    failed_starts_ = 0;
+    return;
+  }
+  workers_.erase(job.id());
+  no_start_before_ =
+      BootClock() + kStoreRetry * (int64_t{1} << std::min(failed_starts_++, kMostStartDoublings));
+  give_back(status.message());
+}
+
+void JobManager::OnNotice(const JobNotice& notice) {
+  switch (notice.kind) {
+    case JobNotice::Kind::kEvent:
+      hub_.PublishEvent(notice.job_id, notice.sequence);
+      return;
+    case JobNotice::Kind::kQueued: {
+      hub_.PublishEvent(notice.job_id, notice.sequence);
+      absl::MutexLock lock(&mutex_);
+      schedule_.Signal();
+      return;
+    }
+    case JobNotice::Kind::kProgress: {
+      if (!hub_.IsWatched(notice.job_id)) return;
+      {
+        absl::MutexLock lock(&mutex_);
+        if (workers_.contains(notice.job_id)) return;
+      }
+      const absl::StatusOr<v1::Job> job = store_->Get(notice.job_id);
+      if (job.ok() && job->has_progress()) hub_.PublishProgress(notice.job_id, job->progress());
+      return;
+    }
+    case JobNotice::Kind::kCancel: {
+      absl::MutexLock lock(&mutex_);
+      const auto it = workers_.find(notice.job_id);
+      if (it != workers_.end()) CancelWorker(notice.job_id, it->second);
+      return;
+    }
+    case JobNotice::Kind::kGone:
+      hub_.PublishGone(notice.job_id);
+      return;
+    case JobNotice::Kind::kMissed: {
+      absl::MutexLock lock(&mutex_);
+      schedule_.Signal();
+      return;
+    }
+  }
 }
 
 }  // namespace pewter::server

@@ -1,13 +1,19 @@
 // JobManager: what the service does with jobs. It owns the store, the executor and the watches.
 //
-//   client --Create--> store --scheduler--> executor --Claim/Heartbeat/Finish--> store --> watches
+//   client --Create--> store --Claim--> scheduler --> executor --Heartbeat/Finish--> store -->
+//   watches
 //
-// One mutex serialises every change of a job's state, so what the maps say about workers and what
-// the store says about jobs never disagree for long; readers and watchers do not take it for longer
-// than a look into a map. Two threads of its own: the scheduler starts workers and kills those
-// whose time is up (it also calls Executor::Submit, as that asks for a thread that stays), the
-// reaper learns which have ended. A job whose worker is lost goes back to the queue only when
-// nothing of that worker is alive, so no two workers write one destination.
+// Several servers may share a store. A server claims what it can run and renews the leases of its
+// workers for as long as it hears of them; what another server has claimed and let expire goes back
+// to the queue. Whoever has lost a lease is told so by the store: its worker stops, and nothing of
+// what it still says counts.
+//
+// One mutex serialises every change that this server makes, so what the maps say about workers and
+// what the store says about jobs never disagree for long; readers and watchers do not take it for
+// longer than a look into a map. Two threads of its own: the scheduler starts workers and kills
+// those whose time is up (it also calls Executor::Submit, as that asks for a thread that stays),
+// the reaper learns which have ended. A job whose worker is lost goes back to the queue only when
+// nothing of that worker is alive, so no two workers of a server write one destination.
 //
 // Methods may be called from any thread.
 #pragma once
@@ -34,8 +40,11 @@
 namespace pewter::server {
 
 struct JobManagerOptions {
-  int workers = 1;  // jobs that run at the same time
+  std::string server = "local";  // id among those that share the store
+  int workers = 1;               // jobs that run at the same time
   absl::Duration lease = absl::Seconds(15);
+  // How often the store is asked for what notices should have told, and for expired leases.
+  absl::Duration look = absl::Seconds(5);
   absl::Duration start_limit = absl::Seconds(60);        // from start to claim
   absl::Duration cancel_grace = absl::Seconds(30);       // from the wish to the kill
   absl::Duration retry_delay = absl::Milliseconds(200);  // after the first loss; doubles
@@ -50,8 +59,8 @@ class JobManager {
   // Kills the workers that are left.
   ~JobManager();
 
-  // Gives up the attempts of workers that died with the last server, and begins to run jobs. Until
-  // then jobs are only queued.
+  // Gives up the attempts of workers that died with the last server of the same id, and begins to
+  // run jobs. Until then jobs are only queued.
   absl::Status Start(std::unique_ptr<Executor> executor);
   // Takes no more jobs, ends all watches, and stops the workers, which leave their jobs queued and
   // their finished shards in place. Those that are not gone after `grace` are killed.
@@ -77,46 +86,54 @@ class JobManager {
   absl::Status Finish(absl::string_view token, const v1::FinishJobRequest& request);
 
  private:
-  // A worker from Submit until the executor has reported its end.
+  // A worker from the claim of its job until the executor has reported its end.
   struct Worker {
-    int64_t generation = 0;  // 0: has not claimed yet
-    v1::JobState state = v1::JOB_STATE_QUEUED;
+    std::string token;
+    int64_t generation = 0;
+    bool started = false;  // has called Claim
+    v1::JobState state = v1::JOB_STATE_PLANNING;
     v1::Progress progress;
     bool cancel = false;
     bool finished = false;  // has called Finish
     bool killed = false;
     // On BootClock.
-    absl::Duration deadline;  // of its start, then of its lease
+    absl::Duration deadline;  // of its start, then of its next word
     absl::Duration cancel_deadline = absl::InfiniteDuration();
-    absl::Duration renewed;  // when the store last heard of the lease
+    absl::Duration renewed;  // when the store was last asked to renew the lease, and did
   };
 
   void Schedule();
   void Reap();
+  void OnNotice(const JobNotice& notice);
   // These return how long nothing will have to be done, at most.
   absl::Duration KillOverdueWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Duration KeepLeasesOfStarting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Duration GiveUpExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Duration StartWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::StatusOr<std::string> NextJob(absl::Duration& wait) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // `claimed`: on BootClock, not later than the claim.
+  void StartWorker(const v1::Job& job, absl::Duration claimed)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // Not OK when the store could not record it: to be repeated.
   absl::Status OnExit(const WorkerExit& exit);
-  absl::Status RecordLoss(absl::string_view id, v1::JobError why)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // The attempt is over and the job is not: it goes back to the queue, or to its end when it was
-  // cancelled or has had its attempts.
-  absl::Status GiveUpAttempt(const v1::Job& job, v1::JobError why, bool counts)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The store's GiveUp under this server's limits. OK when the attempt is over already.
+  absl::Status GiveUp(absl::string_view id, LostAttempt lost) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status CheckToken(absl::string_view token, absl::string_view job_id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<Worker*> FindLease(absl::string_view job_id, int64_t generation)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<v1::Job> Renew(absl::string_view id, Worker& worker)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CancelWorker(absl::string_view id, Worker& worker) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What a worker may count on, from now.
+  absl::Duration LeaseLeft(const Worker& worker) const;
   // Moves the job along its way until it is in `state`.
   absl::Status Advance(absl::string_view job_id, Worker& worker, v1::JobState state,
                        const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The store's Transition, told to watchers and the log.
   absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from, v1::JobState to,
                                      const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Announce(const v1::Job& job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Announce(const v1::Job& job);
   absl::Status AddWarnings(absl::string_view id, int64_t generation,
                            const google::protobuf::RepeatedPtrField<std::string>& warnings)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -131,11 +148,10 @@ class JobManager {
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   absl::flat_hash_map<std::string, Worker> workers_ ABSL_GUARDED_BY(mutex_);
-  // One for each job that was started and is not final; the same for all attempts, so that a worker
-  // of an earlier one is told that its lease is lost.
-  absl::flat_hash_map<std::string, std::string> tokens_ ABSL_GUARDED_BY(mutex_);
-  // Queued jobs that wait after a loss, until then on BootClock.
-  absl::flat_hash_map<std::string, absl::Duration> not_before_ ABSL_GUARDED_BY(mutex_);
+  // On BootClock.
+  absl::Duration next_look_ ABSL_GUARDED_BY(mutex_);        // for expired leases
+  absl::Duration no_start_before_ ABSL_GUARDED_BY(mutex_);  // after no worker could be started
+  int failed_starts_ ABSL_GUARDED_BY(mutex_) = 0;           // one after the other
 
   std::unique_ptr<Executor> executor_;  // set once, by Start, before the threads
   std::thread scheduler_;

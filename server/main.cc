@@ -31,12 +31,19 @@ int main(int argc, char** argv) {
   serve_command->add_option("--data", serve.data, "Folder of the server's state")
       ->capture_default_str();
   serve_command->add_option("--database", serve.database,
-                            "Where jobs are kept: sqlite:PATH [sqlite:DATA/jobs.db]");
+                            "Where jobs are kept: sqlite:PATH, or postgresql://USER@HOST/DATABASE, "
+                            "which several servers may share [$PEWTER_DATABASE or "
+                            "sqlite:DATA/jobs.db]");
   serve_command->add_option("--executor", executor, "Where jobs run: local, as child processes")
       ->check(CLI::IsMember({"local"}))
       ->capture_default_str();
   serve_command->add_option("--workers", serve.workers, "Jobs that run at the same time")
       ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  serve_command
+      ->add_option("--lease", serve.lease_seconds,
+                   "Seconds after which the job of a server that is silent goes to another")
+      ->check(CLI::Range(2, 600))
       ->capture_default_str();
   serve_command->add_flag("--insecure", serve.insecure,
                           "Let other machines connect, without TLS and authentication");

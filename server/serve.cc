@@ -8,6 +8,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -28,6 +29,7 @@
 #include "server/log.h"
 #include "server/merge_service.h"
 #include "server/planner.h"
+#include "server/random_token.h"
 #include "server/stop_signals.h"
 #include "server/worker_service.h"
 
@@ -83,6 +85,33 @@ absl::Status WriteAddress(const std::string& data, const std::string& address) {
   return absl::OkStatus();
 }
 
+// Tells this server from others that share its database; the same after a restart, so that it knows
+// which jobs it held. Whoever holds the folder's lock may read and write it.
+absl::StatusOr<std::string> ServerId(const std::string& data) {
+  const std::string path = absl::StrCat(data, "/server-id");
+  std::string id;
+  std::getline(std::ifstream(path) >> std::ws, id);
+  if (!id.empty()) return id;
+  id = RandomHex(8);
+  std::ofstream file(path);
+  file << id << "\n";
+  if (!file.flush()) return absl::PermissionDeniedError(absl::StrCat("cannot write ", path));
+  return id;
+}
+
+absl::StatusOr<std::string> ChooseDatabase(const ServeOptions& options) {
+  if (HoldsPassword(options.database)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--database holds a password, which every user of this machine can read in the list of "
+        "processes; give the whole URL in ",
+        kDatabaseVariable, ", or the password in PGPASSFILE or PGPASSWORD"));
+  }
+  if (!options.database.empty()) return options.database;
+  const char* const variable = getenv(kDatabaseVariable);
+  if (variable != nullptr && *variable != '\0') return std::string(variable);
+  return absl::StrCat("sqlite:", options.data, "/jobs.db");
+}
+
 // The signal that ends the server. It is handled rather than blocked and waited for: a thread that
 // blocks none would take it and die.
 std::atomic<int> g_stop_signal{0};
@@ -104,11 +133,14 @@ absl::Status Serve(const ServeOptions& options) {
   ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
   RETURN_IF_ERROR(MakeFolder(options.data));
   RETURN_IF_ERROR(LockFolder(options.data));
-  ASSIGN_OR_RETURN(
-      std::unique_ptr<JobStore> store,
-      OpenJobStore(options.database.empty() ? absl::StrCat("sqlite:", options.data, "/jobs.db")
-                                            : options.database));
-  JobManager jobs(std::move(store), {.workers = options.workers});
+  ASSIGN_OR_RETURN(const std::string server_id, ServerId(options.data));
+  ASSIGN_OR_RETURN(const std::string database, ChooseDatabase(options));
+  ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenJobStore(database));
+  const absl::Duration lease = absl::Seconds(options.lease_seconds);
+  JobManager jobs(std::move(store), {.server = server_id,
+                                     .workers = options.workers,
+                                     .lease = lease,
+                                     .look = std::min(absl::Seconds(5), lease / 3)});
   Planner planner(kMaxPlans);
   MergeServiceImpl merge_service(&jobs, &planner);
   WorkerServiceImpl worker_service(&jobs);
@@ -137,7 +169,8 @@ absl::Status Serve(const ServeOptions& options) {
     unlink(absl::StrCat(options.data, "/address").c_str());
   };
   std::cout << "listening on " << address.ToString() << std::endl;
-  Log(LogLevel::kInfo, "server started", {{"address", address.ToString()}, {"data", options.data}});
+  Log(LogLevel::kInfo, "server started",
+      {{"address", address.ToString()}, {"data", options.data}, {"server", server_id}});
 
   while (sem_wait(&g_stop) != 0) {
   }

@@ -9,9 +9,10 @@ namespace pewter::server {
 
 struct ServeOptions {
   std::string listen = "127.0.0.1:7480";
-  std::string data;      // folder of the job database, lock and address files; made when absent
-  std::string database;  // empty: sqlite:DATA/jobs.db
+  std::string data;      // folder of the server's id, lock and address files; made when absent
+  std::string database;  // empty: $PEWTER_DATABASE, else sqlite:DATA/jobs.db. Holds no password
   int workers = 1;
+  int lease_seconds = 15;
   bool insecure = false;  // other machines may connect, without TLS
 };
 

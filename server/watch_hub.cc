@@ -31,6 +31,7 @@ WatchHub::Watch::News WatchHub::Watch::Wait(int64_t sequence, int64_t progress_v
   }
   return {.gone = topic_->gone,
           .closed = hub_->closed_,
+          .sequence = topic_->sequence,
           .progress_version = topic_->progress_version,
           .progress = topic_->progress};
 }
@@ -74,6 +75,11 @@ void WatchHub::PublishProgress(absl::string_view job_id, const v1::Progress& pro
 
 void WatchHub::PublishGone(absl::string_view job_id) {
   Publish(job_id, [](Topic& topic) { topic.gone = true; });
+}
+
+bool WatchHub::IsWatched(absl::string_view job_id) {
+  absl::MutexLock lock(&mutex_);
+  return topics_.contains(job_id);
 }
 
 void WatchHub::Close() {

@@ -40,8 +40,9 @@ class WatchHub {
     ~Watch();
 
     struct News {
-      bool gone = false;    // the job was deleted
-      bool closed = false;  // the hub was
+      bool gone = false;     // the job was deleted
+      bool closed = false;   // the hub was
+      int64_t sequence = 0;  // of the last event that was published
       int64_t progress_version = 0;
       v1::Progress progress;
     };
@@ -65,6 +66,7 @@ class WatchHub {
   void PublishEvent(absl::string_view job_id, int64_t sequence);
   void PublishProgress(absl::string_view job_id, const v1::Progress& progress);
   void PublishGone(absl::string_view job_id);
+  bool IsWatched(absl::string_view job_id);
   // Every watch ends, and later ones do at once.
   void Close();
 

@@ -131,6 +131,23 @@ class Lease final : public Observer {
     if (BootClock() >= expiry_) LoseLease();
   }
 
+  // For RunOptions::may_write. What goes to the output is ours to write as long as the lease may be
+  // counted on; before the model becomes one, the server has to say so once more.
+  absl::Status MayWrite(WriteKind kind) {
+    absl::MutexLock lock(&mutex_);
+    if (BootClock() >= expiry_) LoseLease();
+    if (kind == WriteKind::kManifest && !lost_) {
+      const int64_t wanted = ++confirm_wanted_;
+      wake_.Signal();
+      const auto answered = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+        return confirmed_ >= wanted || lost_ || stopping_ || stop_.stop_requested();
+      };
+      mutex_.Await(absl::Condition(&answered));
+      if (stop_.stop_requested() && !lost_) return absl::CancelledError("told to stop");
+    }
+    return lost_ ? absl::AbortedError("the lease on the job is lost") : absl::OkStatus();
+  }
+
   void OnWarning(absl::string_view message) override {
     absl::MutexLock lock(&mutex_);
     if (warnings_.size() < kMaxPendingWarnings) warnings_.emplace_back(message);
@@ -145,7 +162,9 @@ class Lease final : public Observer {
   void Beat() {
     absl::MutexLock lock(&mutex_);
     while (!stopping_ && !lost_) {
-      if (!new_phase_) wake_.WaitWithTimeout(&mutex_, kHeartbeatInterval);
+      if (!new_phase_ && confirmed_ == confirm_wanted_) {
+        wake_.WaitWithTimeout(&mutex_, kHeartbeatInterval);
+      }
       if (stopping_) return;
       new_phase_ = false;
       if (g_told_to_stop) {
@@ -163,6 +182,8 @@ class Lease final : public Observer {
     request.set_state(ToState(progress_.phase));
     if (has_progress_) *request.mutable_progress() = ToProgress(progress_);
     has_progress_ = false;
+    const int64_t confirms = confirm_wanted_;
+    request.set_confirm_lease(confirms != confirmed_);
     const std::vector<std::string> warnings = std::move(warnings_);
     warnings_.clear();
     request.mutable_warnings()->Assign(warnings.begin(), warnings.end());
@@ -180,6 +201,7 @@ class Lease final : public Observer {
     if (status.ok()) {
       // Counted from when it was sent: never longer than the server thinks.
       expiry_ = sent + FromProto(response.lease_duration());
+      confirmed_ = confirms;
       if (response.stop() == v1::STOP_REASON_DRAIN) drained_ = true;
       if (response.stop() != v1::STOP_REASON_UNSPECIFIED) stop_.request_stop();
       return;
@@ -188,7 +210,11 @@ class Lease final : public Observer {
     const bool refused = status.error_code() == grpc::StatusCode::ABORTED ||
                          status.error_code() == grpc::StatusCode::UNAUTHENTICATED ||
                          status.error_code() == grpc::StatusCode::NOT_FOUND;
-    if (refused || BootClock() >= expiry_) LoseLease();
+    if (refused || BootClock() >= expiry_) {
+      LoseLease();
+    } else if (confirm_wanted_ != confirmed_ && !stopping_) {
+      wake_.WaitWithTimeout(&mutex_, kRetryInterval);
+    }
   }
 
   ServerConnection& server_;
@@ -201,7 +227,9 @@ class Lease final : public Observer {
   bool has_progress_ ABSL_GUARDED_BY(mutex_) = false;
   bool new_phase_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::string> warnings_ ABSL_GUARDED_BY(mutex_);
-  absl::Duration expiry_ ABSL_GUARDED_BY(mutex_);  // on BootClock
+  absl::Duration expiry_ ABSL_GUARDED_BY(mutex_);       // on BootClock
+  int64_t confirm_wanted_ ABSL_GUARDED_BY(mutex_) = 0;  // how often MayWrite has asked
+  int64_t confirmed_ ABSL_GUARDED_BY(mutex_) = 0;       // and the server answered
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   bool lost_ ABSL_GUARDED_BY(mutex_) = false;
   bool drained_ ABSL_GUARDED_BY(mutex_) = false;
@@ -235,7 +263,8 @@ absl::StatusOr<Manifest> RunJob(const v1::Job& job, Lease& lease) {
   RunOptions options{.output = job.destination_uri(),
                      .allow_nonfinite = job.options().allow_nonfinite(),
                      .observer = &lease,
-                     .stop = lease.stop()};
+                     .stop = lease.stop(),
+                     .may_write = [&lease](WriteKind kind) { return lease.MayWrite(kind); }};
   if (unfinished.ok() && unfinished->fingerprint == plan.fingerprint) {
     options.mode = OutputMode::kResume;
   } else if (job.options().overwrite()) {

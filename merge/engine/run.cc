@@ -155,6 +155,9 @@ class Run {
   absl::StatusOr<Manifest> Execute();
 
  private:
+  absl::Status MayWrite(WriteKind kind) const {
+    return options_.may_write == nullptr ? absl::OkStatus() : options_.may_write(kind);
+  }
   absl::Status PrepareOutput();
   absl::Status ReuseShard(int index, const ShardRecord& record);
   absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
@@ -250,6 +253,7 @@ absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
 }
 
 absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
+  RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
   // First what makes it a model, then its weights; other files of the user stay.
   for (const char* name : {kManifestFile, "model.safetensors.index.json", "config.json",
                            "adapter_config.json", kStateFile}) {
@@ -273,9 +277,13 @@ std::string Run::StateJson() const {
   return options_.hash_output ? state_.ToJson() : RunState{state_.fingerprint, {}, {}}.ToJson();
 }
 
-absl::Status Run::SaveState() { return WriteText(*output_, kStateFile, StateJson()); }
+absl::Status Run::SaveState() {
+  RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
+  return WriteText(*output_, kStateFile, StateJson());
+}
 
 absl::Status Run::PublishManifest(const std::string& json) {
+  RETURN_IF_ERROR(MayWrite(WriteKind::kManifest));
   const absl::Status published = WriteNewText(*output_, kManifestFile, json);
   if (!absl::IsAlreadyExists(published)) return published;
   // By a run of the same plan, whose bytes are the same: this one, before it was killed and
@@ -340,6 +348,7 @@ absl::Status Run::MergeShard(int index) {
     for (size_t i = 0; i < count; ++i) coordinators.emplace_back(coordinate);
   }
   RETURN_IF_ERROR(status);
+  RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
   ShardRecord record{.file = {.name = shard.file, .bytes = shard.bytes}};
   ASSIGN_OR_RETURN(record.file.sha256, writer.Finish());
   for (auto& [place, part] : parts) {
@@ -479,6 +488,7 @@ absl::Status Run::CheckInputsUnchanged() {
 }
 
 absl::Status Run::WriteAux(const std::string& name, absl::string_view text) {
+  RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
   RETURN_IF_ERROR(WriteText(*output_, name, text));
   OutputFile file{.name = name, .bytes = static_cast<int64_t>(text.size())};
   if (options_.hash_output) file.sha256 = Sha256::Of(text);

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <stop_token>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "merge/engine/observer.h"
 #include "merge/plan/plan.h"
@@ -18,6 +20,12 @@ enum class OutputMode {
   kOverwrite,  // the old model is unpublished first
 };
 
+// What is about to become visible at the output.
+enum class WriteKind {
+  kPart,      // a file of a model that is not one yet
+  kManifest,  // which makes it a model
+};
+
 struct RunOptions {
   std::string output;  // URI or folder
   OutputMode mode = OutputMode::kNew;
@@ -29,6 +37,9 @@ struct RunOptions {
   bool keep_stages = false;  // else removed when the output is there
   Observer* observer = nullptr;
   std::stop_token stop;  // Cancelled; finished shards stay for a resume
+  // Asked, from any thread, right before each file becomes visible at the output or is removed from
+  // it; an error ends the run with it. For a worker that may have lost its job to another one.
+  std::function<absl::Status(WriteKind)> may_write;
 };
 
 // What was written; also the content of pewter_manifest.json.

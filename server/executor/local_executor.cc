@@ -14,7 +14,6 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status.h"
@@ -28,6 +27,13 @@ constexpr size_t kStderrTailBytes = 4096;
 
 absl::Status ErrnoStatus(absl::string_view what, int error) {
   return absl::UnavailableError(absl::StrCat(what, ": ", strerror(error)));
+}
+
+// Whether a worker must not inherit the variable: only the server touches the job database.
+bool IsSecret(absl::string_view entry) {
+  const absl::string_view name = entry.substr(0, entry.find('='));
+  return name == kTokenVariable || name == kDatabaseVariable || name == "PGPASSWORD" ||
+         name == "PGPASSFILE";
 }
 
 class Fd {
@@ -113,9 +119,7 @@ class LocalExecutor final : public Executor {
                                           "--parent", absl::StrCat(getpid())};
     std::vector<std::string> environment;
     for (char** entry = environ; *entry != nullptr; ++entry) {
-      if (!absl::StartsWith(*entry, absl::StrCat(kTokenVariable, "="))) {
-        environment.emplace_back(*entry);
-      }
+      if (!IsSecret(*entry)) environment.emplace_back(*entry);
     }
     environment.push_back(absl::StrCat(kTokenVariable, "=", launch.token));
 

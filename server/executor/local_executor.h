@@ -21,5 +21,7 @@ absl::StatusOr<std::unique_ptr<Executor>> MakeLocalExecutor(const LocalExecutorO
 // The environment variable that holds the token. Never argv, which every user of the machine can
 // read.
 inline constexpr char kTokenVariable[] = "PEWTER_JOB_TOKEN";
+// Holds the database's URL where the command line does not; workers do not inherit it.
+inline constexpr char kDatabaseVariable[] = "PEWTER_DATABASE";
 
 }  // namespace pewter::server

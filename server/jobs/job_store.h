@@ -1,15 +1,19 @@
 // JobStore: the durable truth about jobs. What it has acknowledged survives a crash of the machine.
 //
-// A job's state changes only by Transition and Claim, each a compare-and-set that follows
-// kStateChanges and appends one event; events of a job are numbered 1, 2, 3, ... without gaps. A
-// worker's writes are fenced: they name the generation of its lease and fail with Aborted
-// (LEASE_LOST) once the job has another one or is held no more.
+// A job's state changes only by Claim, Transition, GiveUp and RequestCancel, each a compare-and-set
+// that follows kStateChanges and appends one event; events of a job are numbered 1, 2, 3, ...
+// without gaps. Several servers may share a store: each holds what it has claimed under a lease,
+// whose time is the store's clock, and any of them may give up what another has let expire. Writes
+// for a worker are fenced: they name the generation of its lease and fail with Aborted (LEASE_LOST)
+// once the job has another one or is held no more.
 //
 // Every method may be called from any thread. Common errors: NotFound (JOB_NOT_FOUND), Unavailable
-// (DATABASE_UNAVAILABLE). tests/contract/job_store_contract.h says the same as tests.
+// (DATABASE_UNAVAILABLE): what was asked for has happened or not, and reading the job tells.
+// tests/contract/job_store_contract.h says the same as tests.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,12 +41,36 @@ struct JobChange {
   std::optional<v1::JobError> error;        // else cleared
   std::optional<v1::JobOutput> output;
   std::optional<v1::Progress> progress;
-  bool refund_attempt = false;  // the attempt does not count
+};
+
+// How an attempt ends that is not the end of its job.
+struct LostAttempt {
+  int64_t lease_generation = 0;  // of the attempt
+  bool only_if_expired = false;  // its lease, by the store's clock
+  v1::JobError why;
+  bool counts = true;
+  int max_attempts = 0;
+  absl::Duration retry_delay;  // after the first attempt; doubles with each further one
 };
 
 struct JobPage {
   std::vector<v1::Job> jobs;  // without recipe and output.manifest_json
   int64_t next = 0;           // pass as `before`; 0: that was the last page
+};
+
+// That a job has changed, by whichever server.
+struct JobNotice {
+  enum class Kind {
+    kEvent,     // it has an event of number `sequence`
+    kQueued,    // and is queued
+    kProgress,  // or newer progress
+    kCancel,    // a cancel was requested
+    kGone,      // it was deleted
+    kMissed,    // of no job: notices were lost, anything may have changed
+  };
+  Kind kind = Kind::kMissed;
+  std::string job_id;
+  int64_t sequence = 0;
 };
 
 class JobStore {
@@ -65,35 +93,56 @@ class JobStore {
   // FailedPrecondition (JOB_NOT_FINAL) unless it is final.
   virtual absl::Status Delete(absl::string_view id) = 0;
 
+  struct Claimed {
+    std::optional<v1::Job> job;  // nothing: no job can be started now
+    // Until one that waits after a loss can be.
+    absl::Duration next = absl::InfiniteDuration();
+  };
+  // The first queued job, by priority and then age, whose time to wait is over: QUEUED -> PLANNING
+  // with the next generation, one more attempt, and a lease of `server`. No job is given out twice.
+  virtual absl::StatusOr<Claimed> Claim(absl::string_view server, absl::Duration lease) = 0;
+  // Keeps the snapshot; the lease ends `lease` from now. The job tells whether to go on
+  // (cancel_requested).
+  virtual absl::StatusOr<v1::Job> RenewLease(absl::string_view id, int64_t lease_generation,
+                                             absl::Duration lease,
+                                             const v1::Progress& progress) = 0;
   // Aborted (STATE_CHANGED) when the job is not in `from`; Internal for a change that is not in the
   // table.
   virtual absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from,
                                              v1::JobState to, const JobChange& change) = 0;
-  // QUEUED -> PLANNING with the next generation, one more attempt, and a lease.
-  // FailedPrecondition (STATE_CONFLICT) unless it is queued.
-  virtual absl::StatusOr<v1::Job> Claim(absl::string_view id, absl::Time lease_expiry) = 0;
-  // Keeps the lease and the snapshot.
-  virtual absl::Status RenewLease(absl::string_view id, int64_t lease_generation,
-                                  absl::Time lease_expiry, const v1::Progress& progress) = 0;
+  // To CANCELLED when that was requested, to FAILED when it counts and was the last attempt, else
+  // back to QUEUED, to wait first when it counts. Aborted (LEASE_LOST) also when the lease should
+  // have expired and has not.
+  virtual absl::StatusOr<v1::Job> GiveUp(absl::string_view id, const LostAttempt& lost) = 0;
   // One event each; Job.warnings holds the first kMaxWarnings, later ones are dropped.
   virtual absl::StatusOr<v1::Job> AddWarnings(absl::string_view id, int64_t lease_generation,
                                               const std::vector<std::string>& warnings) = 0;
-  // Sets cancel_requested unless the job is final.
+  // QUEUED -> CANCELLED; sets cancel_requested while the job is held; else nothing.
   virtual absl::StatusOr<v1::Job> RequestCancel(absl::string_view id) = 0;
 
   // Events with a sequence greater than `after`, at most `limit`.
   virtual absl::StatusOr<std::vector<v1::JobEvent>> Events(absl::string_view id, int64_t after,
                                                            int limit) = 0;
-  // Ids of queued jobs, in the order in which they should run.
-  virtual absl::StatusOr<std::vector<std::string>> Queue(int limit) = 0;
-  // Ids of the jobs that are held: after a start of the server, those whose worker is gone.
-  virtual absl::StatusOr<std::vector<std::string>> Held() = 0;
+  // Jobs that `server` holds: after its start, those whose worker is gone.
+  virtual absl::StatusOr<std::vector<v1::Job>> Held(absl::string_view server) = 0;
+  // Held jobs whose lease has expired, the longest ago first.
+  virtual absl::StatusOr<std::vector<v1::Job>> Expired(int limit) = 0;
+
+  // From now on calls `listener`, on a thread of the store's own, soon after each change that
+  // another server makes (and perhaps this one); notices may be lost, so whoever depends on one
+  // also looks from time to time. Null ends it, and returns when no call is running. A store that
+  // one server has for itself never calls.
+  virtual void Listen(std::function<void(const JobNotice&)> listener) = 0;
 
   static constexpr int kMaxWarnings = 100;
 };
 
-// "sqlite:PATH": the file is made when it is not there. FailedPrecondition when a newer version of
-// pewterd wrote it.
+// "sqlite:PATH": the file is made when it is not there. "postgresql://USER@HOST:PORT/DATABASE", as
+// libpq reads it: tables are made when they are not there. FailedPrecondition when a newer version
+// of pewterd wrote it; Unavailable when it cannot be opened. No message holds a password.
 absl::StatusOr<std::unique_ptr<JobStore>> OpenJobStore(absl::string_view database);
+
+// Whether a password is part of it.
+bool HoldsPassword(absl::string_view database);
 
 }  // namespace pewter::server

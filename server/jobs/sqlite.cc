@@ -6,17 +6,17 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
-#include "server/errors.h"
+#include "server/jobs/job_rules.h"
 
 namespace pewter::server {
 namespace {
 
 absl::Status ToStatus(sqlite3* database, int code) {
-  const std::string message = absl::StrCat(
-      "job database: ", database != nullptr ? sqlite3_errmsg(database) : sqlite3_errstr(code));
-  if ((code & 0xFF) == SQLITE_CONSTRAINT) return absl::AlreadyExistsError(message);
-  return WithRetry(MakeError(absl::StatusCode::kUnavailable, "DATABASE_UNAVAILABLE", message),
-                   absl::Seconds(1));
+  const char* const message = database != nullptr ? sqlite3_errmsg(database) : sqlite3_errstr(code);
+  if ((code & 0xFF) == SQLITE_CONSTRAINT) {
+    return absl::AlreadyExistsError(absl::StrCat("job database: ", message));
+  }
+  return DatabaseUnavailable(message);
 }
 
 }  // namespace

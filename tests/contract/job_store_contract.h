@@ -1,6 +1,8 @@
 // What every JobStore must do. A store's test instantiates it:
 //
 //   INSTANTIATE_TEST_SUITE_P(Sqlite, JobStoreContract, ::testing::Values(&MakeSqliteFixture));
+//
+// A factory that gives null has its tests skipped.
 #pragma once
 
 #include <gmock/gmock.h>
@@ -8,12 +10,14 @@
 
 #include <atomic>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "server/errors.h"
 #include "server/jobs/job_state.h"
@@ -42,6 +46,9 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
  protected:
   static constexpr int64_t kQueueLimit = 1000;
 
+  void SetUp() override {
+    if (fixture_ == nullptr) GTEST_SKIP() << "the database's server is not installed";
+  }
   JobStore& store() { return fixture_->store(); }
   void Reopen() { fixture_->Reopen(); }
 
@@ -60,10 +67,35 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
     return created.ok() ? created->job : v1::Job();
   }
   v1::Job Create(const std::string& id) { return Create(MakeJob(id)); }
-  v1::Job Claim(const std::string& id) {
-    const auto job = store().Claim(id, absl::Now() + absl::Seconds(10));
-    EXPECT_THAT(job, IsOk());
-    return job.ok() ? *job : v1::Job();
+  // The next job, which must be `id`.
+  v1::Job Claim(const std::string& id, absl::Duration lease = absl::Seconds(60)) {
+    const auto claimed = store().Claim("server", lease);
+    EXPECT_THAT(claimed, IsOk());
+    const v1::Job job = claimed.ok() && claimed->job ? *claimed->job : v1::Job();
+    EXPECT_EQ(job.id(), id);
+    return job;
+  }
+  bool NothingToClaim() {
+    const auto claimed = store().Claim("server", absl::Seconds(60));
+    EXPECT_THAT(claimed, IsOk());
+    return claimed.ok() && !claimed->job;
+  }
+  absl::StatusOr<v1::Job> GiveUp(const std::string& id, const LostAttempt& lost) {
+    return store().GiveUp(id, lost);
+  }
+  static LostAttempt Lost(int64_t generation) {
+    LostAttempt lost{.lease_generation = generation, .max_attempts = 3};
+    lost.why.set_reason("WORKER_LOST");
+    lost.why.set_message("it is gone");
+    return lost;
+  }
+  static std::vector<std::string> IdsOf(const absl::StatusOr<std::vector<v1::Job>>& jobs) {
+    EXPECT_THAT(jobs, IsOk());
+    std::vector<std::string> ids;
+    if (jobs.ok()) {
+      for (const v1::Job& job : *jobs) ids.push_back(job.id());
+    }
+    return ids;
   }
   v1::Job Get(const std::string& id) {
     const auto job = store().Get(id);
@@ -197,26 +229,46 @@ TEST_P(JobStoreContract, QueueIsBounded) {
 
 TEST_P(JobStoreContract, UnknownJobsAreNotFound) {
   const auto code = absl::StatusCode::kNotFound;
-  EXPECT_THAT(store().Get("x"), StatusIs(code, HasSubstr("x")));
-  EXPECT_EQ(ReasonOf(store().Get("x").status()), "JOB_NOT_FOUND");
-  EXPECT_THAT(store().Delete("x"), StatusIs(code, HasSubstr("x")));
-  EXPECT_THAT(store().Events("x", 0, 10), StatusIs(code, HasSubstr("x")));
-  EXPECT_THAT(store().Claim("x", absl::Now()), StatusIs(code, HasSubstr("x")));
-  EXPECT_THAT(store().RequestCancel("x"), StatusIs(code, HasSubstr("x")));
-  EXPECT_THAT(store().Transition("x", v1::JOB_STATE_QUEUED, v1::JOB_STATE_CANCELLED, {}),
-              StatusIs(code, HasSubstr("x")));
+  for (const std::string& id : {std::string("x"), std::string("x\0y", 3), std::string()}) {
+    EXPECT_THAT(store().Get(id), StatusIs(code, HasSubstr("no job")));
+    EXPECT_EQ(ReasonOf(store().Get(id).status()), "JOB_NOT_FOUND");
+    EXPECT_THAT(store().Delete(id), StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().Events(id, 0, 10), StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().RenewLease(id, 1, absl::Seconds(1), {}),
+                StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().GiveUp(id, Lost(1)), StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().RequestCancel(id), StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().Transition(id, v1::JOB_STATE_QUEUED, v1::JOB_STATE_CANCELLED, {}),
+                StatusIs(code, HasSubstr("no job")));
+  }
+}
+
+TEST_P(JobStoreContract, TextsOfClientsAreKeptAsTheyAre) {
+  NewJob request = MakeJob("a");
+  const std::string odd("\xC3\xA4\0'; --", 7);
+  (*request.job.mutable_labels())["key"] = odd;
+  request.job.set_recipe(odd);
+  request.destination_key = absl::StrCat("/out/", std::string(8000, 'x'), "\xFF");
+  Create(request);
+  EXPECT_EQ(Get("a").recipe(), odd);
+  v1::JobFilter filter;
+  (*filter.mutable_labels())["key"] = odd;
+  EXPECT_THAT(ListIds(filter), ElementsAre("a"));
+  request.job.set_id("b");
+  EXPECT_EQ(ReasonOf(store().Create(request, kQueueLimit).status()), "DESTINATION_BUSY");
 }
 
 TEST_P(JobStoreContract, ClaimStartsAnAttemptWithANewGeneration) {
+  EXPECT_TRUE(NothingToClaim());
   Create("a");
   v1::Job job = Claim("a");
   EXPECT_EQ(job.state(), v1::JOB_STATE_PLANNING);
   EXPECT_EQ(job.attempt(), 1);
   EXPECT_EQ(job.lease_generation(), 1);
+  EXPECT_EQ(job.server(), "server");
+  EXPECT_EQ(job.recipe(), "merge_method: linear");
   EXPECT_TRUE(job.has_start_time());
-  const auto again = store().Claim("a", absl::Now());
-  EXPECT_EQ(again.status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(ReasonOf(again.status()), "STATE_CONFLICT");
+  EXPECT_TRUE(NothingToClaim());
 
   const google::protobuf::Timestamp start = job.start_time();
   Move("a", {v1::JOB_STATE_QUEUED});
@@ -224,6 +276,29 @@ TEST_P(JobStoreContract, ClaimStartsAnAttemptWithANewGeneration) {
   EXPECT_EQ(job.attempt(), 2);
   EXPECT_EQ(job.lease_generation(), 2);
   EXPECT_EQ(job.start_time().SerializeAsString(), start.SerializeAsString());
+}
+
+TEST_P(JobStoreContract, NoJobIsClaimedTwice) {
+  constexpr int kJobs = 40;
+  for (int i = 0; i < kJobs; ++i) Create(absl::StrCat("job", i));
+  absl::Mutex mutex;
+  std::vector<std::string> claimed;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&, i] {
+      while (true) {
+        const auto next = store().Claim(absl::StrCat("server", i), absl::Seconds(60));
+        EXPECT_THAT(next, IsOk());
+        if (!next.ok() || !next->job) return;
+        absl::MutexLock lock(&mutex);
+        claimed.push_back(next->job->id());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(claimed.size(), static_cast<size_t>(kJobs));
+  EXPECT_EQ(std::set<std::string>(claimed.begin(), claimed.end()).size(),
+            static_cast<size_t>(kJobs));
 }
 
 TEST_P(JobStoreContract, TransitionComparesBeforeItSets) {
@@ -251,19 +326,11 @@ TEST_P(JobStoreContract, OnlyChangesOfTheTableAreMade) {
   EXPECT_THAT(Sequences("a"), ElementsAre(1));
 }
 
-TEST_P(JobStoreContract, ConcurrentClaimsAndTransitionsHaveOneWinner) {
+TEST_P(JobStoreContract, ConcurrentTransitionsHaveOneWinner) {
   Create("a");
+  Claim("a");
   std::atomic<int> winners = 0;
   std::vector<std::thread> threads;
-  for (int i = 0; i < 8; ++i) {
-    threads.emplace_back([&] {
-      if (store().Claim("a", absl::Now()).ok()) ++winners;
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  EXPECT_EQ(winners, 1);
-  winners = 0;
-  threads.clear();
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&, i] {
       const v1::JobState to = i % 2 == 0 ? v1::JOB_STATE_FAILED : v1::JOB_STATE_CANCELLED;
@@ -310,16 +377,89 @@ TEST_P(JobStoreContract, ErrorIsToldAndClearedByTheNextAttempt) {
   EXPECT_FALSE(Claim("a").has_error());
 }
 
-TEST_P(JobStoreContract, RefundedAttemptDoesNotCount) {
+TEST_P(JobStoreContract, LostAttemptsAreRepeatedUntilTheyRunOut) {
+  Create("a");
+  for (int attempt = 1; attempt <= 3; ++attempt) {
+    const v1::Job claimed = Claim("a");
+    EXPECT_EQ(claimed.attempt(), attempt);
+    EXPECT_FALSE(claimed.has_error());
+    const auto job = GiveUp("a", Lost(attempt));
+    ASSERT_THAT(job, IsOk());
+    EXPECT_EQ(job->state(), attempt < 3 ? v1::JOB_STATE_QUEUED : v1::JOB_STATE_FAILED);
+    EXPECT_EQ(job->error().reason(), "WORKER_LOST");
+    EXPECT_EQ(job->error().metadata().at("attempts"), absl::StrCat(attempt));
+  }
+  EXPECT_THAT(Get("a").error().message(), HasSubstr("given up after 3 attempts"));
+  EXPECT_TRUE(Get("a").has_end_time());
+}
+
+TEST_P(JobStoreContract, AnAttemptThatDoesNotCountIsRefunded) {
   Create("a");
   Claim("a");
-  ASSERT_THAT(store().Transition("a", v1::JOB_STATE_PLANNING, v1::JOB_STATE_QUEUED,
-                                 {.refund_attempt = true}),
-              IsOk());
+  LostAttempt lost = Lost(1);
+  lost.counts = false;
+  ASSERT_THAT(GiveUp("a", lost), IsOk());
   EXPECT_EQ(Get("a").attempt(), 0);
+  EXPECT_FALSE(Get("a").has_error());
   const v1::Job job = Claim("a");
   EXPECT_EQ(job.attempt(), 1);
   EXPECT_EQ(job.lease_generation(), 2);
+}
+
+TEST_P(JobStoreContract, AJobWaitsAfterALossAndLetsOthersPass) {
+  Create("a");
+  Create("b");
+  Claim("a");
+  LostAttempt lost = Lost(1);
+  lost.retry_delay = absl::Seconds(1);
+  ASSERT_THAT(GiveUp("a", lost), IsOk());
+  Claim("b");
+  const absl::Time begin = absl::Now();
+  auto next = store().Claim("server", absl::Seconds(60));
+  ASSERT_THAT(next, IsOk());
+  EXPECT_FALSE(next->job);
+  EXPECT_GT(next->next, absl::ZeroDuration());
+  EXPECT_LE(next->next, absl::Seconds(1));
+  while (next.ok() && !next->job && absl::Now() < begin + absl::Seconds(30)) {
+    absl::SleepFor(next->next);
+    next = store().Claim("server", absl::Seconds(60));
+  }
+  ASSERT_THAT(next, IsOk());
+  ASSERT_TRUE(next->job);
+  EXPECT_EQ(next->job->attempt(), 2);
+}
+
+TEST_P(JobStoreContract, OnlyExpiredLeasesAreGivenUpByOthers) {
+  Create("a");
+  Claim("a", absl::Seconds(60));
+  EXPECT_THAT(IdsOf(store().Expired(10)), IsEmpty());
+  LostAttempt lost = Lost(1);
+  lost.only_if_expired = true;
+  EXPECT_EQ(ReasonOf(GiveUp("a", lost).status()), "LEASE_LOST");
+  EXPECT_EQ(Get("a").state(), v1::JOB_STATE_PLANNING);
+
+  // It ends at once, and is renewed after all.
+  ASSERT_THAT(store().RenewLease("a", 1, absl::ZeroDuration(), {}), IsOk());
+  absl::SleepFor(absl::Milliseconds(2));
+  EXPECT_THAT(IdsOf(store().Expired(10)), ElementsAre("a"));
+  ASSERT_THAT(store().RenewLease("a", 1, absl::Seconds(60), {}), IsOk());
+  EXPECT_THAT(IdsOf(store().Expired(10)), IsEmpty());
+  EXPECT_EQ(ReasonOf(GiveUp("a", lost).status()), "LEASE_LOST");
+
+  // And once more: of all who see it, one gives it up.
+  ASSERT_THAT(store().RenewLease("a", 1, absl::ZeroDuration(), {}), IsOk());
+  absl::SleepFor(absl::Milliseconds(2));
+  std::atomic<int> winners = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      if (GiveUp("a", lost).ok()) ++winners;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(winners, 1);
+  EXPECT_EQ(Get("a").state(), v1::JOB_STATE_QUEUED);
+  EXPECT_THAT(IdsOf(store().Expired(10)), IsEmpty());
 }
 
 TEST_P(JobStoreContract, SupersededWorkersAreFenced) {
@@ -331,16 +471,18 @@ TEST_P(JobStoreContract, SupersededWorkersAreFenced) {
     EXPECT_EQ(ReasonOf(status), "LEASE_LOST");
   };
   // Nobody holds it.
-  check(store().RenewLease("a", 1, absl::Now(), {}));
+  check(store().RenewLease("a", 1, absl::Seconds(60), {}).status());
   Claim("a");
   // Somebody else does.
-  check(store().RenewLease("a", 1, absl::Now(), {}));
+  check(store().RenewLease("a", 1, absl::Seconds(60), {}).status());
   check(store().AddWarnings("a", 1, {"w"}).status());
-  check(store()
-            .Transition("a", v1::JOB_STATE_PLANNING, v1::JOB_STATE_RUNNING, {.lease_generation = 1})
-            .status());
-  EXPECT_THAT(store().RenewLease("a", 2, absl::Now(), {}), IsOk());
+  check(store().GiveUp("a", Lost(1)).status());
+  for (const v1::JobState to : {v1::JOB_STATE_RUNNING, v1::JOB_STATE_FAILED}) {
+    check(store().Transition("a", v1::JOB_STATE_PLANNING, to, {.lease_generation = 1}).status());
+  }
+  EXPECT_THAT(store().RenewLease("a", 2, absl::Seconds(60), {}), IsOk());
   EXPECT_EQ(Get("a").state(), v1::JOB_STATE_PLANNING);
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2, 3, 4));
 }
 
 TEST_P(JobStoreContract, RenewalKeepsProgressAndMakesNoEvent) {
@@ -348,9 +490,13 @@ TEST_P(JobStoreContract, RenewalKeepsProgressAndMakesNoEvent) {
   Claim("a");
   v1::Progress progress;
   progress.set_written_bytes(99);
-  ASSERT_THAT(store().RenewLease("a", 1, absl::Now() + absl::Seconds(5), progress), IsOk());
+  const auto renewed = store().RenewLease("a", 1, absl::Seconds(5), progress);
+  ASSERT_THAT(renewed, IsOk());
+  EXPECT_FALSE(renewed->cancel_requested());
   EXPECT_EQ(Get("a").progress().written_bytes(), 99);
   EXPECT_THAT(Sequences("a"), ElementsAre(1, 2));
+  ASSERT_THAT(store().RequestCancel("a"), IsOk());
+  EXPECT_TRUE(store().RenewLease("a", 1, absl::Seconds(5), progress)->cancel_requested());
 }
 
 TEST_P(JobStoreContract, WarningsAreEventsOnceAndBounded) {
@@ -403,6 +549,28 @@ TEST_P(JobStoreContract, CancelIsRemembered) {
   EXPECT_FALSE(job->cancel_requested());
 }
 
+TEST_P(JobStoreContract, CancelOfAQueuedJobIsItsEnd) {
+  Create("a");
+  const auto job = store().RequestCancel("a");
+  ASSERT_THAT(job, IsOk());
+  EXPECT_EQ(job->state(), v1::JOB_STATE_CANCELLED);
+  EXPECT_EQ(job->error().reason(), "CANCELLED_BY_CLIENT");
+  EXPECT_FALSE(job->cancel_requested());
+  EXPECT_TRUE(NothingToClaim());
+  EXPECT_THAT(store().RequestCancel("a"), IsOk());
+  EXPECT_THAT(Sequences("a"), ElementsAre(1, 2));
+}
+
+TEST_P(JobStoreContract, ACancelledJobWhoseWorkerIsLostIsNotRepeated) {
+  Create("a");
+  Claim("a");
+  ASSERT_THAT(store().RequestCancel("a"), IsOk());
+  const auto job = GiveUp("a", Lost(1));
+  ASSERT_THAT(job, IsOk());
+  EXPECT_EQ(job->state(), v1::JOB_STATE_CANCELLED);
+  EXPECT_EQ(job->error().reason(), "CANCELLED_BY_CLIENT");
+}
+
 TEST_P(JobStoreContract, OnlyFinalJobsAreDeleted) {
   Create("a");
   auto refused = store().Delete("a");
@@ -423,27 +591,21 @@ TEST_P(JobStoreContract, QueueIsByPriorityThenAge) {
   idle.job.set_priority(-5);
   Create(idle);
   Create("new");
-  const auto queue = store().Queue(10);
-  ASSERT_THAT(queue, IsOk());
-  EXPECT_THAT(*queue, ElementsAre("urgent", "old", "new", "idle"));
-  const auto two = store().Queue(2);
-  ASSERT_THAT(two, IsOk());
-  EXPECT_THAT(*two, ElementsAre("urgent", "old"));
+  for (const char* id : {"urgent", "old", "new", "idle"}) Claim(id);
 }
 
-TEST_P(JobStoreContract, HeldJobsAreThoseOfWorkers) {
-  Create("queued");
-  Create("planning");
+TEST_P(JobStoreContract, HeldJobsAreThoseOfAServersWorkers) {
+  for (const char* id : {"planning", "running", "failed", "other", "queued"}) Create(id);
   Claim("planning");
-  Create("running");
   Claim("running");
   Move("running", {v1::JOB_STATE_RUNNING});
-  Create("failed");
   Claim("failed");
   Move("failed", {v1::JOB_STATE_FAILED});
-  const auto held = store().Held();
-  ASSERT_THAT(held, IsOk());
-  EXPECT_THAT(*held, ElementsAre("planning", "running"));
+  ASSERT_THAT(store().Claim("another", absl::Seconds(60)), IsOk());
+  Reopen();
+  EXPECT_THAT(IdsOf(store().Held("server")), ElementsAre("planning", "running"));
+  EXPECT_THAT(IdsOf(store().Held("another")), ElementsAre("other"));
+  EXPECT_THAT(IdsOf(store().Held("nobody")), IsEmpty());
 }
 
 TEST_P(JobStoreContract, ListIsNewestFirstByPage) {
@@ -482,7 +644,7 @@ TEST_P(JobStoreContract, ListFiltersByStateAndLabels) {
   NewJob c = MakeJob("c");
   (*c.job.mutable_labels())["team"] = "vision'; DROP TABLE jobs; --";
   Create(c);
-  Claim("b");
+  Move("b", {v1::JOB_STATE_PLANNING});
 
   v1::JobFilter filter;
   (*filter.mutable_labels())["team"] = "nlp";

@@ -314,7 +314,6 @@ TEST_F(JobManagerTest, LostWorkerIsReplacedUntilAttemptsRunOut) {
     EXPECT_EQ(job.lease_generation(), attempt);
     ASSERT_THAT(Beat(job, v1::JOB_STATE_RUNNING), IsOk());
     log_->End({.job_id = id, .signal = 9, .stderr_tail = "last words"});
-    if (attempt < 3) WaitForState(id, v1::JOB_STATE_QUEUED);
   }
   const v1::Job failed = WaitForState(id, v1::JOB_STATE_FAILED);
   EXPECT_EQ(failed.error().reason(), "WORKER_LOST");
@@ -418,12 +417,22 @@ TEST_F(JobManagerTest, QueuedJobIsCancelledAtOnce) {
 
 TEST_F(JobManagerTest, JobCancelledBeforeItsWorkerClaimsIsNotClaimed) {
   const std::string id = Create("out");
+  {
+    absl::MutexLock lock(&log_->mutex);
+    log_->kill_ends_worker = false;
+  }
   const WorkerLaunch launch = log_->WaitForLaunch(1);
-  EXPECT_EQ(manager_->Cancel(id)->state(), v1::JOB_STATE_CANCELLED);
+  EXPECT_TRUE(manager_->Cancel(id)->cancel_requested());
+  // It is killed; if it still gets to ask, it is refused.
   v1::ClaimJobRequest request;
   request.set_job_id(id);
-  EXPECT_FALSE(manager_->Claim(launch.token, request).ok());
-  log_->End({.job_id = id, .exit_code = 1});
+  EXPECT_EQ(manager_->Claim(launch.token, request).status().code(), absl::StatusCode::kCancelled);
+  {
+    absl::MutexLock lock(&log_->mutex);
+    EXPECT_THAT(log_->kills, ElementsAre(id));
+  }
+  log_->End({.job_id = id, .signal = 9});
+  WaitForState(id, v1::JOB_STATE_CANCELLED);
   // Its place is free.
   Create("b");
   EXPECT_NE(log_->WaitForLaunch(2).job_id, id);
@@ -473,6 +482,7 @@ TEST_F(JobManagerTest, DeleteIsForFinalJobs) {
   const std::string id = Create("out");
   EXPECT_EQ(ReasonOf(manager_->Delete(id)), "JOB_NOT_FINAL");
   ASSERT_THAT(manager_->Cancel(id), IsOk());
+  WaitForState(id, v1::JOB_STATE_CANCELLED);
   EXPECT_THAT(manager_->Delete(id), IsOk());
   EXPECT_EQ(ReasonOf(manager_->Delete(id)), "JOB_NOT_FOUND");
   EXPECT_EQ(ReasonOf(manager_->Get(id).status()), "JOB_NOT_FOUND");

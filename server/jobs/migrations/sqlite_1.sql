@@ -1,4 +1,4 @@
--- Version 1. `spec` and `status` are serialised pewter.v1.Job messages that hold what never changes
+-- `spec` and `status` are serialised pewter.v1.Job messages that hold what never changes
 -- (the request, id, create_time) and what does; appended to each other they are the job. The other
 -- columns repeat what is searched for. States are the numbers of pewter.v1.JobState.
 CREATE TABLE jobs (

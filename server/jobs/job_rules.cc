@@ -1,0 +1,310 @@
+#include "server/jobs/job_rules.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "base/status.h"
+#include "server/errors.h"
+#include "server/jobs/job_state.h"
+
+namespace pewter::server {
+namespace {
+
+constexpr int kMostDoublings = 20;
+// By JobNotice::Kind; the last is never sent.
+constexpr absl::string_view kNoticeKinds = "eqpcd";
+
+void SetTime(absl::Time time, google::protobuf::Timestamp* out) {
+  const int64_t micros = absl::ToUnixMicros(time);
+  out->set_seconds(micros / 1'000'000);
+  out->set_nanos(static_cast<int32_t>(micros % 1'000'000) * 1000);
+}
+
+absl::Status CheckLease(const v1::Job& job, int64_t generation) {
+  if (IsHeld(job.state()) && job.lease_generation() == generation) return absl::OkStatus();
+  return MakeError(
+      absl::StatusCode::kAborted, "LEASE_LOST",
+      absl::StrCat("job ", job.id(), " is ", v1::JobState_Name(job.state()),
+                   " with lease generation ", job.lease_generation(), ", not ", generation),
+      {{"job_id", job.id()}});
+}
+
+// Numbers the event.
+void Append(JobRow& row, v1::JobEvent event) {
+  row.job.set_sequence(row.job.sequence() + 1);
+  event.set_sequence(row.job.sequence());
+  SetTime(row.now, event.mutable_time());
+  row.events.push_back(std::move(event));
+}
+
+void SetState(JobRow& row, v1::JobState state) {
+  v1::Job& job = row.job;
+  job.set_state(state);
+  SetTime(row.now, job.mutable_update_time());
+  if (state == v1::JOB_STATE_PLANNING && !job.has_start_time()) {
+    SetTime(row.now, job.mutable_start_time());
+  }
+  if (IsFinal(state)) {
+    job.clear_cancel_requested();
+    SetTime(row.now, job.mutable_end_time());
+  }
+  v1::JobEvent event;
+  v1::JobStateChange* change = event.mutable_state_change();
+  change->set_state(state);
+  change->set_attempt(job.attempt());
+  if (job.has_error()) *change->mutable_error() = job.error();
+  if (job.has_output()) *change->mutable_output() = job.output();
+  Append(row, std::move(event));
+}
+
+}  // namespace
+
+void Enqueue(JobRow& row) {
+  SetTime(row.now, row.job.mutable_create_time());
+  SetState(row, v1::JOB_STATE_QUEUED);
+}
+
+absl::Status Claim(JobRow& row, absl::string_view server, absl::Duration lease) {
+  v1::Job& job = row.job;
+  if (job.state() != v1::JOB_STATE_QUEUED) {
+    return absl::InternalError(
+        absl::StrCat("job ", job.id(), " is claimed while ", v1::JobState_Name(job.state())));
+  }
+  job.set_attempt(job.attempt() + 1);
+  job.set_lease_generation(job.lease_generation() + 1);
+  job.set_server(std::string(server));
+  job.clear_error();
+  job.clear_progress();
+  row.lease = lease;
+  SetState(row, v1::JOB_STATE_PLANNING);
+  return absl::OkStatus();
+}
+
+absl::Status RenewLease(JobRow& row, int64_t generation, absl::Duration lease,
+                        const v1::Progress& progress) {
+  RETURN_IF_ERROR(CheckLease(row.job, generation));
+  *row.job.mutable_progress() = progress;
+  row.lease = lease;
+  row.progressed = true;
+  return absl::OkStatus();
+}
+
+absl::Status Transition(JobRow& row, v1::JobState from, v1::JobState to, const JobChange& change) {
+  v1::Job& job = row.job;
+  if (!IsAllowed(from, to)) {
+    return absl::InternalError(
+        absl::StrCat("no job goes from ", v1::JobState_Name(from), " to ", v1::JobState_Name(to)));
+  }
+  if (change.lease_generation) RETURN_IF_ERROR(CheckLease(job, *change.lease_generation));
+  if (job.state() != from) {
+    return MakeError(absl::StatusCode::kAborted, "STATE_CHANGED",
+                     absl::StrCat("job ", job.id(), " is ", v1::JobState_Name(job.state()),
+                                  ", no longer ", v1::JobState_Name(from)),
+                     {{"job_id", job.id()}});
+  }
+  job.clear_error();
+  if (change.error) *job.mutable_error() = *change.error;
+  if (change.output) *job.mutable_output() = *change.output;
+  if (change.progress) *job.mutable_progress() = *change.progress;
+  SetState(row, to);
+  return absl::OkStatus();
+}
+
+absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
+  v1::Job& job = row.job;
+  RETURN_IF_ERROR(CheckLease(job, lost.lease_generation));
+  if (lost.only_if_expired && !row.lease_expired) {
+    return MakeError(absl::StatusCode::kAborted, "LEASE_LOST",
+                     absl::StrCat("the lease on job ", job.id(), " was renewed"),
+                     {{"job_id", job.id()}});
+  }
+  if (job.cancel_requested()) {
+    *job.mutable_error() = CancelledError();
+    SetState(row, v1::JOB_STATE_CANCELLED);
+    return absl::OkStatus();
+  }
+  if (!lost.counts) {
+    job.set_attempt(job.attempt() - 1);
+    job.clear_error();
+    row.waits = lost.retry_delay;
+    SetState(row, v1::JOB_STATE_QUEUED);
+    return absl::OkStatus();
+  }
+  const int attempts = job.attempt();
+  *job.mutable_error() = lost.why;
+  (*job.mutable_error()->mutable_metadata())["attempts"] = absl::StrCat(attempts);
+  if (attempts >= lost.max_attempts) {
+    job.mutable_error()->set_message(
+        absl::StrCat(lost.why.message(), "; given up after ", attempts, " attempts"));
+    SetState(row, v1::JOB_STATE_FAILED);
+    return absl::OkStatus();
+  }
+  row.waits = lost.retry_delay * (int64_t{1} << std::clamp(attempts - 1, 0, kMostDoublings));
+  SetState(row, v1::JOB_STATE_QUEUED);
+  return absl::OkStatus();
+}
+
+absl::Status AddWarnings(JobRow& row, int64_t generation,
+                         const std::vector<std::string>& warnings) {
+  RETURN_IF_ERROR(CheckLease(row.job, generation));
+  for (const std::string& warning : warnings) {
+    if (row.job.warnings_size() >= JobStore::kMaxWarnings) break;
+    // A resumed attempt says what the first one said.
+    const auto& known = row.job.warnings();
+    if (std::find(known.begin(), known.end(), warning) != known.end()) continue;
+    row.job.add_warnings(warning);
+    v1::JobEvent event;
+    event.set_warning(warning);
+    Append(row, std::move(event));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RequestCancel(JobRow& row) {
+  if (row.job.state() == v1::JOB_STATE_QUEUED) {
+    *row.job.mutable_error() = CancelledError();
+    SetState(row, v1::JOB_STATE_CANCELLED);
+  } else if (IsHeld(row.job.state())) {
+    row.cancel_asked = !row.job.cancel_requested();
+    row.job.set_cancel_requested(true);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDelete(const JobRow& row) {
+  if (IsFinal(row.job.state())) return absl::OkStatus();
+  return MakeError(absl::StatusCode::kFailedPrecondition, "JOB_NOT_FINAL",
+                   absl::StrCat("job ", row.job.id(), " is ", v1::JobState_Name(row.job.state()),
+                                "; cancel it first"),
+                   {{"job_id", row.job.id()}});
+}
+
+std::string SpecBytes(v1::Job job) {
+  v1::Job spec;
+  spec.set_id(std::move(*job.mutable_id()));
+  spec.set_request_id(std::move(*job.mutable_request_id()));
+  spec.set_recipe(std::move(*job.mutable_recipe()));
+  spec.set_destination_uri(std::move(*job.mutable_destination_uri()));
+  spec.mutable_labels()->swap(*job.mutable_labels());
+  spec.set_priority(job.priority());
+  if (job.has_options()) *spec.mutable_options() = std::move(*job.mutable_options());
+  *spec.mutable_create_time() = job.create_time();
+  return spec.SerializeAsString();
+}
+
+std::string StatusBytes(v1::Job job) {
+  job.clear_id();
+  job.clear_request_id();
+  job.clear_recipe();
+  job.clear_destination_uri();
+  job.clear_labels();
+  job.clear_priority();
+  job.clear_options();
+  job.clear_create_time();
+  return job.SerializeAsString();
+}
+
+absl::StatusOr<v1::Job> ParseJob(absl::string_view spec, absl::string_view status) {
+  v1::Job job;
+  if (!job.ParseFromString(absl::StrCat(spec, status))) {
+    return absl::DataLossError("job database: a job's row is bad");
+  }
+  return job;
+}
+
+absl::StatusOr<v1::JobEvent> ParseEvent(absl::string_view bytes) {
+  v1::JobEvent event;
+  if (!event.ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {
+    return absl::DataLossError("job database: an event is bad");
+  }
+  return event;
+}
+
+void Shorten(v1::Job& job) {
+  job.clear_recipe();
+  if (job.has_output()) job.mutable_output()->clear_manifest_json();
+}
+
+absl::Status JobNotFound(absl::string_view id) {
+  return MakeError(absl::StatusCode::kNotFound, "JOB_NOT_FOUND",
+                   absl::StrCat("there is no job ", id), {{"job_id", std::string(id)}});
+}
+
+absl::Status RequestIdReused(absl::string_view request_id, absl::string_view job_id) {
+  return MakeError(
+      absl::StatusCode::kInvalidArgument, "REQUEST_ID_REUSED",
+      absl::StrCat("request_id \"", request_id, "\" was used for job ", job_id,
+                   " with another request; choose a new one"),
+      {{"request_id", std::string(request_id)}, {"existing_job", std::string(job_id)}});
+}
+
+absl::Status QueueFull(int64_t queued, int64_t limit) {
+  return WithRetry(MakeError(absl::StatusCode::kResourceExhausted, "QUEUE_FULL",
+                             absl::StrCat(queued,
+                                          " jobs are queued, as many as this server takes; try "
+                                          "again later"),
+                             {{"limit", absl::StrCat(limit)}}),
+                   absl::Seconds(30));
+}
+
+absl::Status DestinationBusy(absl::string_view job_id, absl::string_view uri) {
+  return MakeError(absl::StatusCode::kAlreadyExists, "DESTINATION_BUSY",
+                   absl::StrCat("job ", job_id, " writes ", uri, "; wait for it or cancel it"),
+                   {{"existing_job", std::string(job_id)}, {"uri", std::string(uri)}});
+}
+
+absl::Status DatabaseUnavailable(absl::string_view message) {
+  return WithRetry(MakeError(absl::StatusCode::kUnavailable, "DATABASE_UNAVAILABLE",
+                             absl::StrCat("job database: ", message)),
+                   absl::Seconds(1));
+}
+
+absl::Status DatabaseTooNew(int64_t version, int64_t known) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("the job database has version ", version, ", this pewterd knows ", known,
+                   "; start a newer pewterd or give another --database"));
+}
+
+v1::JobError CancelledError() {
+  v1::JobError error;
+  error.set_code(static_cast<int>(absl::StatusCode::kCancelled));
+  error.set_reason("CANCELLED_BY_CLIENT");
+  error.set_message("cancelled; finished shards stay at the destination");
+  return error;
+}
+
+JobNotice NoticeOf(const JobRow& row) {
+  JobNotice notice = {
+      .kind = JobNotice::Kind::kEvent, .job_id = row.job.id(), .sequence = row.job.sequence()};
+  if (row.cancel_asked) {
+    notice.kind = JobNotice::Kind::kCancel;
+  } else if (row.progressed) {
+    notice.kind = JobNotice::Kind::kProgress;
+  } else if (row.job.state() == v1::JOB_STATE_QUEUED) {
+    notice.kind = JobNotice::Kind::kQueued;
+  }
+  return notice;
+}
+
+std::string FormatNotice(const JobNotice& notice) {
+  return absl::StrCat(kNoticeKinds.substr(static_cast<size_t>(notice.kind), 1), notice.sequence,
+                      " ", notice.job_id);
+}
+
+JobNotice ParseNotice(absl::string_view text) {
+  const size_t kind = text.empty() ? absl::string_view::npos : kNoticeKinds.find(text[0]);
+  const size_t space = text.find(' ');
+  JobNotice notice;
+  if (kind == absl::string_view::npos || space == absl::string_view::npos ||
+      !absl::SimpleAtoi(text.substr(1, space - 1), &notice.sequence) || notice.sequence < 0 ||
+      space + 1 == text.size()) {
+    return {};
+  }
+  notice.kind = static_cast<JobNotice::Kind>(kind);
+  notice.job_id = std::string(text.substr(space + 1));
+  return notice;
+}
+
+}  // namespace pewter::server
