@@ -62,30 +62,34 @@ int64_t RankOf(const std::vector<double>& values, const RankCut& cut) {
   return std::count_if(values.begin(), values.end(), [&](double value) { return value > least; });
 }
 
-// The vectors of the other side, [rank, count * length], become those of the shared one.
-absl::Status CarryOver(kernels::Backend& backend, kernels::LinearAlgebra& algebra,
-                       const Matrix& others, Deltas deltas, Stack stack, JointBasis& basis) {
+// Rows of a matrix times a number each, in place; rows follow each other without a gap.
+absl::Status ScaleRows(kernels::Backend& backend, const Matrix& m, std::vector<double> factors) {
+  ASSIGN_OR_RETURN(const PlacedValues placed, PlacedValues::Make(backend, std::move(factors)));
+  const kernels::AxisCombination scale = {
+      .count = 1, .axis = {.row = m.columns, .count = 1, .values = placed.data()}};
+  const int64_t size = m.rows * m.columns;
+  RETURN_IF_ERROR(
+      backend.Map(scale, {{m.data, DType::kF64, size}}, {m.data, DType::kF64, size}, 0));
+  return backend.Synchronize();  // before the values go
+}
+
+// The shared side's vectors of those of the other one, basis.others.
+absl::Status CarryOver(kernels::Backend& backend, kernels::LinearAlgebra& algebra, Deltas deltas,
+                       Stack stack, JointBasis& basis) {
   const MatrixShape shape = deltas[0].shape;
   const int64_t side = SharedSide(stack, shape), length = BlockLength(stack, shape);
-  ASSIGN_OR_RETURN(OwnMatrix carried, OwnMatrix::Make(backend, others.rows, side));
-  const Matrix vectors = carried.view;
+  ASSIGN_OR_RETURN(OwnMatrix carried, OwnMatrix::Make(backend, basis.others.rows, side));
   const Transpose transpose = stack == Stack::kHorizontal ? Transpose::kYes : Transpose::kNo;
   for (size_t t = 0; t < deltas.size(); ++t) {
     RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo,
-                                 Columns(others, static_cast<int64_t>(t) * length, length),
-                                 transpose, deltas[t].dense, 1, t == 0 ? 0 : 1, vectors));
+                                 Columns(basis.others, static_cast<int64_t>(t) * length, length),
+                                 transpose, deltas[t].dense, 1, t == 0 ? 0 : 1, carried.view));
   }
   std::vector<double> inverse;
-  for (int64_t j = 0; j < others.rows; ++j) inverse.push_back(1 / basis.spectrum[j]);
-  ASSIGN_OR_RETURN(const PlacedValues placed, PlacedValues::Make(backend, std::move(inverse)));
-  const kernels::AxisCombination scale = {
-      .count = 1, .axis = {.row = side, .count = 1, .values = placed.data()}};
-  const int64_t size = others.rows * side;
-  RETURN_IF_ERROR(backend.Map(scale, {{vectors.data, DType::kF64, size}},
-                              {vectors.data, DType::kF64, size}, 0));
-  RETURN_IF_ERROR(backend.Synchronize());  // before the values and the other side's vectors go
+  for (int64_t j = 0; j < basis.others.rows; ++j) inverse.push_back(1 / basis.spectrum[j]);
+  RETURN_IF_ERROR(ScaleRows(backend, carried.view, std::move(inverse)));
   basis.memory = std::move(carried.memory);
-  basis.vectors = vectors;
+  basis.vectors = carried.view;
   return absl::OkStatus();
 }
 
@@ -302,11 +306,13 @@ absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend, Deltas delt
       continue;
     }
     // Only the lower triangle is read.
+    const Transpose transpose = horizontal ? Transpose::kYes : Transpose::kNo;
     for (int s = 0; s <= t; ++s) {
       const Matrix part = {gram.data + t * length * order + s * length, length, length, order};
-      RETURN_IF_ERROR(algebra->Gemm(horizontal ? Transpose::kYes : Transpose::kNo, deltas[t].dense,
-                                    horizontal ? Transpose::kNo : Transpose::kYes, deltas[s].dense,
-                                    1, 0, part));
+      RETURN_IF_ERROR(s == t ? algebra->Gram(transpose, deltas[t].dense, 0, part)
+                             : algebra->Gemm(transpose, deltas[t].dense,
+                                             horizontal ? Transpose::kNo : Transpose::kYes,
+                                             deltas[s].dense, 1, 0, part));
     }
   }
   RETURN_IF_ERROR(algebra->SymmetricEigen({{gram, &basis.spectrum}}));
@@ -317,9 +323,9 @@ absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend, Deltas delt
     basis.vectors = {gram.data, rank, side, side};
     return basis;
   }
-  const Matrix vectors = {gram.data, rank, order, order};
-  const std::unique_ptr<kernels::Buffer> others = std::move(basis.memory);
-  RETURN_IF_ERROR(CarryOver(backend, *algebra, vectors, deltas, stack, basis));
+  basis.others = {gram.data, rank, order, order};
+  basis.others_memory = std::move(basis.memory);
+  RETURN_IF_ERROR(CarryOver(backend, *algebra, deltas, stack, basis));
   return basis;
 }
 
@@ -338,9 +344,11 @@ JointBasisCost CostOfJointBasis(MatrixShape shape, absl::Span<const int64_t> ran
   }
   const int64_t square = cost.order * cost.order * kWidth;
   cost.kept = way == Way::kSharedSide ? square : cost.rank * side * kWidth;
+  if (way == Way::kOtherSide) cost.kept += square;
   // The solver needs two and a half times the matrix besides; factors that are multiplied have a
   // half product.
-  cost.peak = std::max(7 * square / 2 + 8 * cost.order * kWidth, square + cost.kept) +
+  cost.peak = std::max(7 * square / 2 + 8 * cost.order * kWidth,
+                       (way == Way::kFactors ? square : 0) + cost.kept) +
               kProductBytes + 2 * largest * (side + largest) * kWidth;
   // Q, R and the identity, with the workspace of the QR.
   if (way == Way::kFactors) {
@@ -371,9 +379,20 @@ absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const Join
     ASSIGN_OR_RETURN(blocks.memory.emplace_back(),
                      backend.Allocate(blocks.rank * blocks.length * kWidth));
     if (blocks.rank == 0) continue;
-    RETURN_IF_ERROR(stack == Stack::kHorizontal
-                        ? Multiply(backend, basis.vectors, deltas[t], blocks.Of(t))
-                        : MultiplyTransposed(backend, basis.vectors, deltas[t], blocks.Of(t)));
+    if (basis.others_memory != nullptr) {
+      const Matrix from = Columns(basis.others, t * blocks.length, blocks.length),
+                   to = blocks.Of(t);
+      for (int64_t j = 0; j < blocks.rank; ++j) {
+        RETURN_IF_ERROR(backend.Copy(from.data + j * from.stride, to.data + j * to.stride,
+                                     blocks.length * kWidth));
+      }
+      RETURN_IF_ERROR(
+          ScaleRows(backend, to, {basis.spectrum.begin(), basis.spectrum.begin() + blocks.rank}));
+    } else {
+      RETURN_IF_ERROR(stack == Stack::kHorizontal
+                          ? Multiply(backend, basis.vectors, deltas[t], blocks.Of(t))
+                          : MultiplyTransposed(backend, basis.vectors, deltas[t], blocks.Of(t)));
+    }
     if (used_up == nullptr) continue;
     RETURN_IF_ERROR(backend.Synchronize());
     used_up->Release(t);

@@ -3,9 +3,9 @@
 // Task vectors D_t [n, m] are stacked as [D_1 ... D_T] (horizontal: their columns are vectors of
 // one space) or as [D_1; ...; D_T] (vertical: their rows are). The stack's singular vectors on the
 // shared side are the eigenvectors of the joint Gram matrix sum_t D_t D_t^T (or D_t^T D_t). Those
-// on the other side are never formed: u_j^T D_t = s_j v_jt, a *block* of the stack. Where the stack
-// has a smaller extent on the other side, the Gram matrix of that side is taken and its vectors are
-// carried over.
+// on the other side are not formed: u_j^T D_t = s_j v_jt, a *block* of the stack. Where the stack
+// has a smaller extent on the other side, the Gram matrix of that side is taken: its vectors are
+// the v_jt, which give the blocks without a product, and are carried over.
 //
 // A task vector may be a product L R of an adapter's factors, and stays one: it takes part in Gram
 // matrices and projections by its factors. Where all are products whose ranks sum to less than the
@@ -106,6 +106,10 @@ struct JointBasis {
   std::vector<double> spectrum;
   std::unique_ptr<kernels::Buffer> memory;
   kernels::Matrix vectors;  // [rank, side]: orthonormal rows, those of the largest values
+  // Where the other side's vectors were found: [rank, count * length], the v_jt of all t in a row.
+  // The blocks are these times the values; else none.
+  std::unique_ptr<kernels::Buffer> others_memory;
+  kernels::Matrix others;
 
   int64_t rank() const { return vectors.rows; }
 };
