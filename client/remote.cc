@@ -26,7 +26,7 @@ using std::chrono::seconds;
 using std::chrono::steady_clock;
 
 constexpr seconds kCallTimeout{30};
-constexpr int kCallAttempts = 4;
+constexpr int kCallAttempts = 5;
 constexpr milliseconds kFirstDelay{100};
 constexpr milliseconds kLongestDelay{5000};
 constexpr std::chrono::minutes kLongestAbsence{5};  // of a server while a job is watched
@@ -37,12 +37,14 @@ constexpr char kStatePrefix[] = "JOB_STATE_";
 class Backoff {
  public:
   void Reset() { delay_ = kFirstDelay; }
-  // False when `stop` was asked for meanwhile.
-  bool Wait(std::stop_token stop) {
+  // At least `least`, but never longer than kLongestDelay. False when `stop` was asked for
+  // meanwhile.
+  bool Wait(std::stop_token stop, milliseconds least = milliseconds::zero()) {
     std::mutex mutex;
     std::unique_lock lock(mutex);
     std::condition_variable_any wake;
-    wake.wait_for(lock, stop, delay_, [] { return false; });
+    const milliseconds delay = std::min(std::max(delay_, least), kLongestDelay);
+    wake.wait_for(lock, stop, delay, [] { return false; });
     delay_ = std::min(delay_ * 2, kLongestDelay);
     return !stop.stop_requested();
   }
@@ -72,6 +74,19 @@ absl::Status ToStatus(const grpc::Status& status, absl::string_view address) {
   return absl::Status(code, message);
 }
 
+// When the server says it should be asked again; zero when it says nothing.
+milliseconds RetryDelayOf(const grpc::Status& status) {
+  google::rpc::Status details;
+  if (!details.ParseFromString(status.error_details())) return milliseconds::zero();
+  for (const auto& any : details.details()) {
+    google::rpc::RetryInfo retry;
+    if (!any.UnpackTo(&retry)) continue;
+    return seconds(std::clamp<int64_t>(retry.retry_delay().seconds(), 0, 3600)) +
+           milliseconds(retry.retry_delay().nanos() / 1'000'000);
+  }
+  return milliseconds::zero();
+}
+
 // One call that may be repeated.
 template <class Request, class Response>
 absl::Status Call(v1::MergeService::Stub& stub, absl::string_view address,
@@ -86,7 +101,7 @@ absl::Status Call(v1::MergeService::Stub& stub, absl::string_view address,
     if (status.error_code() != grpc::StatusCode::UNAVAILABLE || attempt >= attempts) {
       return ToStatus(status, address);
     }
-    backoff.Wait({});
+    backoff.Wait({}, RetryDelayOf(status));
   }
 }
 

@@ -37,8 +37,8 @@ struct RunOptions {
   bool keep_stages = false;  // else removed when the output is there
   Observer* observer = nullptr;
   std::stop_token stop;  // Cancelled; finished shards stay for a resume
-  // Asked, from any thread, right before each file becomes visible at the output or is removed from
-  // it; an error ends the run with it. For a worker that may have lost its job to another one.
+  // Asked, from any thread, right before each file becomes visible at the output; an error ends the
+  // run with it. For a worker that may have lost its job to another one.
   std::function<absl::Status(WriteKind)> may_write;
 };
 

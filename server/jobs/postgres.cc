@@ -26,7 +26,7 @@ constexpr int kBinary = 1;
 constexpr int kMaxConnections = 8;
 constexpr absl::Duration kAnswerLimit = absl::Seconds(10);
 constexpr absl::Duration kBusyLimit = absl::Seconds(5);
-constexpr absl::Duration kRefusedFor = absl::Seconds(1);
+constexpr absl::Duration kRefusedFor = absl::Milliseconds(200);
 
 // A server that pauses in the middle of a transaction must not keep its locks: the database ends it
 // then. Statements end before kAnswerLimit, so that we hear why.

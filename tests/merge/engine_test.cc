@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <filesystem>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <string>
 
@@ -314,6 +316,40 @@ TEST_F(EngineTest, ResumesAtTheFirstUnfinishedShard) {
       nlohmann::json::parse(ReadFile(folder_ / "whole/" + std::string(kManifestFile)));
   EXPECT_EQ(resumed_json["files"], whole_json["files"]);
   EXPECT_EQ(resumed_json["inputs"], whole_json["inputs"]);
+}
+
+TEST_F(EngineTest, WhatMayNotBeWrittenIsNot) {
+  const std::string recipe = Recipe("linear", "weight: 0.5", false);
+  ASSERT_TRUE(Merge(recipe, "whole").ok());
+  std::mutex mutex;
+  int parts = 0, manifests = 0;
+  Options counted;
+  counted.run.may_write = [&](WriteKind kind) {
+    std::lock_guard lock(mutex);
+    ++(kind == WriteKind::kManifest ? manifests : parts);
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(Merge(recipe, "counted", counted).ok());
+  EXPECT_EQ(manifests, 1);
+  // Each shard and the state after it, config, index and the like.
+  EXPECT_GE(parts, 2 * static_cast<int>(Weights("whole").size()));
+
+  // Whatever is the first that is refused: no model is there, and a later run finishes it.
+  for (int allowed = 0; allowed <= parts; ++allowed) {
+    const std::string out = absl::StrCat("out", allowed);
+    std::atomic<int> left = allowed;
+    Options refused;
+    refused.run.may_write = [&](WriteKind) {
+      return left-- > 0 ? absl::OkStatus() : absl::AbortedError("the lease is lost");
+    };
+    const auto merged = Merge(recipe, out, refused);
+    EXPECT_EQ(merged.status().code(), absl::StatusCode::kAborted) << merged.status();
+    EXPECT_FALSE(std::filesystem::exists(folder_ / (out + "/" + std::string(kManifestFile))));
+    Options resume;
+    resume.run.mode = OutputMode::kResume;
+    ASSERT_TRUE(Merge(recipe, out, resume).ok());
+    EXPECT_EQ(Weights(out), Weights("whole"));
+  }
 }
 
 TEST_F(EngineTest, ADamagedFinishedShardIsMergedAgain) {
