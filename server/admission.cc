@@ -15,6 +15,7 @@
 #include "server/digest.h"
 #include "server/errors.h"
 #include "server/random_token.h"
+#include "store/artifact_store.h"
 #include "store/s3_store.h"
 
 namespace pewter::server {
@@ -48,12 +49,18 @@ class Violations {
 
 bool IsUri(absl::string_view path) {
   return absl::StartsWith(path, "/") || absl::StartsWith(path, "file://") ||
-         absl::StartsWith(path, "s3://") || absl::StartsWith(path, "hf://");
+         absl::StartsWith(path, "s3://") || absl::StartsWith(path, "hf://") ||
+         absl::StartsWith(path, kArtifactScheme);
 }
 
-// The place that an absolute path, a file:// or an s3:// URI names, links resolved as far as it
-// exists, so that equal places have equal keys. Nothing for other places.
+// The place that an absolute path, a file://, s3:// or artifact:// URI names, links resolved as far
+// as it exists, so that equal places have equal keys. Nothing for other places.
 std::optional<std::string> PlaceKey(absl::string_view uri) {
+  if (absl::StartsWith(uri, kArtifactScheme)) {
+    const absl::StatusOr<ArtifactUri> artifact = ParseArtifactUri(uri);
+    if (!artifact.ok()) return std::nullopt;
+    return artifact->ToString();
+  }
   if (absl::StartsWith(uri, "s3://")) {
     const absl::StatusOr<S3Store::Place> place = S3Store::Parse(uri);
     if (!place.ok()) return std::nullopt;
@@ -120,8 +127,8 @@ void CheckPaths(const std::vector<RecipePath>& paths, Violations& violations) {
     violations.Add(
         "RELATIVE_PATH", "recipe",
         absl::StrCat(path.at.ToString(), ": model \"", path.path,
-                     "\" is neither an absolute path nor a file://, s3:// or hf:// URI, and "
-                     "the server has no working directory of yours; write ",
+                     "\" is neither an absolute path nor a file://, s3://, hf:// or artifact:// "
+                     "URI, and the server has no working directory of yours; write ",
                      "/PATH/", path.path, " or hf://", path.path));
   }
 }
@@ -168,15 +175,26 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
     violations.Add("DESTINATION_INVALID", "destination_uri", "is too long");
   } else if (absl::StartsWith(destination, "hf://")) {
     violations.Add("DESTINATION_INVALID", "destination_uri",
-                   "a hub is read-only; write an absolute path, a file:// or an s3:// URI");
+                   "a hub is read-only; write an absolute path, a file://, an s3:// or an "
+                   "artifact:// URI");
+  } else if (absl::StartsWith(destination, kArtifactScheme)) {
+    const absl::StatusOr<ArtifactUri> artifact = ParseArtifactUri(destination);
+    if (!artifact.ok() || artifact->uploaded) {
+      violations.Add("DESTINATION_INVALID", "destination_uri",
+                     artifact.ok() ? "is named by its content, so nothing can be written to it; "
+                                     "write artifact://NAME"
+                                   : std::string(artifact.status().message()));
+    } else {
+      key = artifact->ToString();
+    }
   } else {
     key = PlaceKey(destination);
     if (!key) {
       violations.Add(
           "DESTINATION_INVALID", "destination_uri",
           absl::StrCat("\"", destination,
-                       "\" is neither an absolute path nor a file:// nor an s3:// URI, and the "
-                       "server has no working directory of yours"));
+                       "\" is neither an absolute path nor a file://, s3:// or artifact:// URI, "
+                       "and the server has no working directory of yours"));
     } else if (*key == "/") {
       violations.Add("DESTINATION_INVALID", "destination_uri", "is the root folder");
     }

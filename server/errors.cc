@@ -74,6 +74,24 @@ absl::Status BadRequestError(absl::string_view reason,
   return status;
 }
 
+absl::Status MissingError(absl::string_view reason, const std::vector<std::string>& subjects,
+                          absl::string_view description) {
+  google::rpc::PreconditionFailure failure;
+  for (size_t i = 0; i < std::min(subjects.size(), kMaxViolations); ++i) {
+    auto* violation = failure.add_violations();
+    violation->set_type("MISSING");
+    violation->set_subject(subjects[i]);
+    violation->set_description(std::string(description));
+  }
+  absl::Status status = MakeError(
+      absl::StatusCode::kFailedPrecondition, reason,
+      absl::StrCat(subjects.front(), " ", description,
+                   subjects.size() > 1 ? absl::StrCat("; ", subjects.size() - 1, " more") : ""),
+      {{"count", absl::StrCat(subjects.size())}});
+  SetDetail(status, failure);
+  return status;
+}
+
 absl::Status WithRetry(absl::Status status, absl::Duration delay) {
   google::rpc::RetryInfo retry;
   const int64_t nanos = absl::ToInt64Nanoseconds(delay);

@@ -30,6 +30,11 @@ absl::Status MakeError(absl::StatusCode code, absl::string_view reason, absl::st
 absl::Status BadRequestError(absl::string_view reason,
                              const std::vector<FieldViolation>& violations);
 
+// FailedPrecondition with one PreconditionFailure that has a violation of type MISSING for each
+// subject; `description` is said of each. There is at least one.
+absl::Status MissingError(absl::string_view reason, const std::vector<std::string>& subjects,
+                          absl::string_view description);
+
 // Tells the client when to try again.
 absl::Status WithRetry(absl::Status status, absl::Duration delay);
 

@@ -3,6 +3,8 @@
 #include <iostream>
 #include <string>
 
+#include "base/status.h"
+#include "base/units.h"
 #include "server/log.h"
 #include "server/serve.h"
 #include "server/work.h"
@@ -34,6 +36,12 @@ int main(int argc, char** argv) {
                             "Where jobs are kept: sqlite:PATH, or postgresql://USER@HOST/DATABASE, "
                             "which several servers may share [$PEWTER_DATABASE or "
                             "sqlite:DATA/jobs.db]");
+  serve_command->add_option("--artifacts", serve.artifacts,
+                            "Where models of clients are kept: a folder or s3://BUCKET/PREFIX "
+                            "[$PEWTER_ARTIFACTS, or DATA/artifacts]");
+  std::string artifact_quota;
+  serve_command->add_option("--artifact-quota", artifact_quota,
+                            "Most that clients upload in all, as 500GB; default: no limit");
   serve_command->add_option("--executor", executor, "Where jobs run: local, as child processes")
       ->check(CLI::IsMember({"local"}))
       ->capture_default_str();
@@ -67,6 +75,11 @@ int main(int argc, char** argv) {
   if (work_command->parsed()) return pewter::server::Work(work);
   if (const absl::Status status = pewter::server::SetLogLevel(log_level); !status.ok()) {
     return Fail(status);
+  }
+  if (!artifact_quota.empty()) {
+    const absl::StatusOr<int64_t> bytes = pewter::ParseBytes(artifact_quota);
+    if (!bytes.ok()) return Fail(pewter::Annotate(bytes.status(), "--artifact-quota"));
+    serve.artifact_quota = *bytes;
   }
   const absl::Status status = pewter::server::Serve(serve);
   return status.ok() ? 0 : Fail(status);

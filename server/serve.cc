@@ -21,8 +21,10 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status.h"
+#include "server/artifact_service.h"
 #include "server/executor/local_executor.h"
 #include "server/job_manager.h"
 #include "server/listen_address.h"
@@ -32,6 +34,7 @@
 #include "server/random_token.h"
 #include "server/stop_signals.h"
 #include "server/worker_service.h"
+#include "store/artifact_store.h"
 
 namespace pewter::server {
 namespace {
@@ -112,6 +115,15 @@ absl::StatusOr<std::string> ChooseDatabase(const ServeOptions& options) {
   return absl::StrCat("sqlite:", options.data, "/jobs.db");
 }
 
+std::string ArtifactRoot(const ServeOptions& options) {
+  std::string root = options.artifacts;
+  if (const char* inherited = getenv(kArtifactRootVariable); root.empty() && inherited != nullptr) {
+    root = inherited;
+  }
+  if (root.empty()) root = absl::StrCat(options.data, "/artifacts");
+  return absl::StrContains(root, "://") ? root : std::filesystem::absolute(root).string();
+}
+
 // The signal that ends the server. It is handled rather than blocked and waited for: a thread that
 // blocks none would take it and die.
 std::atomic<int> g_stop_signal{0};
@@ -136,6 +148,13 @@ absl::Status Serve(const ServeOptions& options) {
   ASSIGN_OR_RETURN(const std::string server_id, ServerId(options.data));
   ASSIGN_OR_RETURN(const std::string database, ChooseDatabase(options));
   ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenJobStore(database));
+  // Workers find it in their environment, and have no working directory of ours.
+  const std::string artifact_root = ArtifactRoot(options);
+  setenv(kArtifactRootVariable, artifact_root.c_str(), /*overwrite=*/1);
+  ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactManager> artifacts,
+                   ArtifactManager::Open({.root = artifact_root,
+                                          .partial = absl::StrCat(options.data, "/partial"),
+                                          .quota_bytes = options.artifact_quota}));
   const absl::Duration lease = absl::Seconds(options.lease_seconds);
   JobManager jobs(std::move(store), {.server = server_id,
                                      .workers = options.workers,
@@ -144,6 +163,8 @@ absl::Status Serve(const ServeOptions& options) {
   Planner planner(kMaxPlans);
   MergeServiceImpl merge_service(&jobs, &planner);
   WorkerServiceImpl worker_service(&jobs);
+  ArtifactServiceImpl artifact_service(artifacts.get(), &jobs);
+  ByteStreamImpl byte_stream(artifacts.get(), &jobs, {});
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -156,6 +177,8 @@ absl::Status Serve(const ServeOptions& options) {
   builder.SetResourceQuota(grpc::ResourceQuota("pewterd").SetMaxThreads(kMaxThreads));
   builder.RegisterService(&merge_service);
   builder.RegisterService(&worker_service);
+  builder.RegisterService(&artifact_service);
+  builder.RegisterService(&byte_stream);
   const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr) {
     return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen));

@@ -1,6 +1,7 @@
 // `pewterd serve`: the server from its start to SIGTERM.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
@@ -11,6 +12,10 @@ struct ServeOptions {
   std::string listen = "127.0.0.1:7480";
   std::string data;      // folder of the server's id, lock and address files; made when absent
   std::string database;  // empty: $PEWTER_DATABASE, else sqlite:DATA/jobs.db. Holds no password
+  // Where models are kept for clients: a folder or an s3:// URI. Empty: $PEWTER_ARTIFACTS, or
+  // DATA/artifacts.
+  std::string artifacts;
+  int64_t artifact_quota = 0;  // bytes of what clients have uploaded; 0: no limit
   int workers = 1;
   int lease_seconds = 15;
   bool insecure = false;  // other machines may connect, without TLS

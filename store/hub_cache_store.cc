@@ -148,12 +148,5 @@ absl::Status HubCacheStore::ReadOnly() const {
   return absl::UnimplementedError(
       absl::StrCat(name_, " is read-only: a hub cache is not written to"));
 }
-absl::Status HubCacheStore::Remove(absl::string_view key) { return ReadOnly(); }
-absl::StatusOr<std::unique_ptr<ObjectWriter>> HubCacheStore::Create(absl::string_view key) {
-  return ReadOnly();
-}
-absl::StatusOr<std::unique_ptr<ObjectWriter>> HubCacheStore::CreateNew(absl::string_view key) {
-  return ReadOnly();
-}
 
 }  // namespace pewter

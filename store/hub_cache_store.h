@@ -16,7 +16,7 @@
 
 namespace pewter {
 
-class HubCacheStore final : public ObjectStore {
+class HubCacheStore final : public ReadOnlyStore {
  public:
   // `model` is "org/name" or "name". `revision`: a branch, a tag, a commit or a unique beginning of
   // one (four hex digits at least); empty means main. NotFound names the folder that was searched
@@ -31,16 +31,13 @@ class HubCacheStore final : public ObjectStore {
   absl::StatusOr<ObjectStat> Stat(absl::string_view key) override;
   absl::Status ReadInto(absl::string_view key, int64_t offset, absl::Span<std::byte> out) override;
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
-  absl::Status Remove(absl::string_view key) override;
-  absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
-  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
   // "hf://org/model@COMMIT/config.json"
   std::string Describe(absl::string_view key) const override;
 
  private:
   HubCacheStore(std::string name, const std::string& snapshot);
   std::string Etag(absl::string_view key) const;
-  absl::Status ReadOnly() const;
+  absl::Status ReadOnly() const override;
 
   const std::string name_;  // "hf://org/model@COMMIT"
   FileStore files_;

@@ -267,12 +267,5 @@ absl::StatusOr<std::vector<ObjectEntry>> HubStore::List(absl::string_view prefix
 absl::Status HubStore::ReadOnly() const {
   return absl::UnimplementedError(absl::StrCat(name_, " is read-only: a hub is not written to"));
 }
-absl::Status HubStore::Remove(absl::string_view key) { return ReadOnly(); }
-absl::StatusOr<std::unique_ptr<ObjectWriter>> HubStore::Create(absl::string_view key) {
-  return ReadOnly();
-}
-absl::StatusOr<std::unique_ptr<ObjectWriter>> HubStore::CreateNew(absl::string_view key) {
-  return ReadOnly();
-}
 
 }  // namespace pewter

@@ -35,7 +35,7 @@ struct HubOptions {
 absl::StatusOr<std::shared_ptr<ObjectStore>> OpenHub(absl::string_view model,
                                                      absl::string_view revision);
 
-class HubStore final : public ObjectStore {
+class HubStore final : public ReadOnlyStore {
  public:
   // `model` is "org/name" or "name"; an empty `revision` means main.
   static absl::StatusOr<std::shared_ptr<ObjectStore>> Open(HubOptions options,
@@ -46,9 +46,6 @@ class HubStore final : public ObjectStore {
   absl::Status ReadInto(absl::string_view key, int64_t offset, absl::Span<std::byte> out) override;
   std::shared_ptr<void> WillRead(absl::string_view key, int64_t offset, int64_t bytes) override;
   absl::StatusOr<std::vector<ObjectEntry>> List(absl::string_view prefix) override;
-  absl::Status Remove(absl::string_view key) override;
-  absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
-  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
   bool distant() const override { return true; }
   // "hf://org/model@COMMIT/config.json"
   std::string Describe(absl::string_view key) const override;
@@ -61,7 +58,7 @@ class HubStore final : public ObjectStore {
                    HttpResponse& response);
   absl::StatusOr<HubFile> Find(absl::string_view key) const;
   absl::Status ReadRange(const std::string& key, int64_t offset, absl::Span<std::byte> out);
-  absl::Status ReadOnly() const;
+  absl::Status ReadOnly() const override;
 
   const HubOptions options_;
   HttpClient http_;

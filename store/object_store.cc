@@ -7,6 +7,7 @@
 #include "absl/strings/strip.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "store/artifact_store.h"
 #include "store/file_store.h"
 #include "store/hub_store.h"
 #include "store/object_key.h"
@@ -64,6 +65,7 @@ absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri) {
                    at == absl::string_view::npos ? absl::string_view() : uri.substr(at + 1));
   }
   if (absl::StartsWith(uri, "s3://")) return S3Store::Open(uri);
+  if (absl::ConsumePrefix(&uri, kArtifactScheme)) return OpenArtifact(uri);
   if (absl::ConsumePrefix(&uri, "file://")) {
     if (!absl::StartsWith(uri, "/")) {
       return absl::InvalidArgumentError(
@@ -72,8 +74,8 @@ absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri) {
   } else if (absl::StrContains(uri, "://")) {
     return absl::InvalidArgumentError(
         absl::StrCat(uri,
-                     ": unknown kind of store; use a path, file:///path, s3://bucket/prefix or "
-                     "hf://org/model[@revision]"));
+                     ": unknown kind of store; use a path, file:///path, s3://bucket/prefix, "
+                     "hf://org/model[@revision] or, on a server, artifact://name"));
   }
   if (uri.empty()) return absl::InvalidArgumentError("empty path");
   return std::make_shared<FileStore>(std::string(uri));

@@ -70,6 +70,22 @@ class ObjectStore {
   virtual std::string Describe(absl::string_view key) const = 0;
 };
 
+// A store that is not written to: the three verbs that would are Unimplemented.
+class ReadOnlyStore : public ObjectStore {
+ public:
+  absl::Status Remove(absl::string_view key) final { return ReadOnly(); }
+  absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) final {
+    return ReadOnly();
+  }
+  absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) final {
+    return ReadOnly();
+  }
+
+ private:
+  // Says what is read-only, and why.
+  virtual absl::Status ReadOnly() const = 0;
+};
+
 // Whole object as text; FailedPrecondition when it is larger than `limit`.
 absl::StatusOr<std::string> ReadText(ObjectStore& store, absl::string_view key, int64_t limit);
 absl::Status WriteText(ObjectStore& store, absl::string_view key, absl::string_view text);
@@ -77,7 +93,8 @@ absl::Status WriteText(ObjectStore& store, absl::string_view key, absl::string_v
 absl::Status WriteNewText(ObjectStore& store, absl::string_view key, absl::string_view text);
 
 // Opens the store at `uri`: a path, file:///path, s3://bucket/prefix (see S3OptionsFrom for what
-// the environment says of it), or hf://org/model[@revision] (an existing hub cache, offline).
+// the environment says of it), hf://org/model[@revision] (an existing hub cache, offline), or
+// artifact://sha256/DIGEST or artifact://NAME (where PEWTER_ARTIFACTS says).
 // NotFound for an hf snapshot that is not in the cache. A file path need not exist yet.
 absl::StatusOr<std::shared_ptr<ObjectStore>> OpenStore(absl::string_view uri);
 

@@ -15,6 +15,7 @@
 #include "merge/checkpoint/printable.h"
 #include "merge/checkpoint/shard_index.h"
 #include "merge/checkpoint/stored_source.h"
+#include "store/artifact_store.h"
 #include "store/hub_cache_store.h"
 #include "store/hub_store.h"
 
@@ -60,16 +61,17 @@ absl::StatusOr<Location> LocateFile(const std::string& path) {
   return Location{.store = std::move(store), .file = file.filename().string()};
 }
 
-// s3:// has no folders: what ends like a file of tensors is one.
+// s3:// and artifact:// have no folders: what ends like a file of tensors is one, but for the first
+// part, which is a bucket's or an artifact's name.
 absl::StatusOr<Location> LocateObject(const std::string& uri) {
   const size_t name_at = uri.rfind('/') + 1;
-  const bool is_file = IsTensorFile(uri);
+  const bool is_file = IsTensorFile(uri) && uri.find('/', uri.find("://") + 3) != std::string::npos;
   ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store,
                    OpenStore(is_file ? uri.substr(0, name_at) : uri));
   return Location{.store = std::move(store), .file = is_file ? uri.substr(name_at) : ""};
 }
 
-// An existing local path, file://, s3://, hf://, or a hub id.
+// An existing local path, file://, s3://, artifact://, hf://, or a hub id.
 absl::StatusOr<Location> Locate(const std::string& path, const std::string& revision) {
   if (path.empty()) return absl::InvalidArgumentError("empty model path");
   absl::string_view hub_id = path;
@@ -84,7 +86,7 @@ absl::StatusOr<Location> Locate(const std::string& path, const std::string& revi
                              at == absl::string_view::npos ? revision : hub_id.substr(at + 1)));
     return Location{.store = std::move(store)};
   }
-  if (absl::StartsWith(path, "s3://")) {
+  if (absl::StartsWith(path, "s3://") || absl::StartsWith(path, kArtifactScheme)) {
     if (revision.empty()) return LocateObject(path);
     return absl::InvalidArgumentError(
         absl::StrCat(path, " has no revisions (", revision, " was asked for)"));

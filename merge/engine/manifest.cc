@@ -173,6 +173,19 @@ absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store) {
   }
 }
 
+absl::StatusOr<std::vector<OutputFile>> OutputFilesOf(absl::string_view manifest_json) {
+  std::vector<OutputFile> files;
+  try {
+    const ordered_json manifest = ordered_json::parse(manifest_json.begin(), manifest_json.end());
+    for (const ordered_json& file : manifest.at("files")) {
+      files.push_back({file.at("name"), file.at("bytes"), file.value("sha256", "")});
+    }
+  } catch (const nlohmann::json::exception& error) {
+    return absl::DataLossError(absl::StrCat(kManifestFile, " is damaged (", error.what(), ")"));
+  }
+  return files;
+}
+
 std::vector<std::string> FilesOfManifest(absl::string_view manifest_json) {
   const ordered_json manifest =
       ordered_json::parse(manifest_json.begin(), manifest_json.end(), nullptr, false);

@@ -57,6 +57,8 @@ absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
 // The plan's fingerprint in the manifest of `store`; NotFound when there is none, DataLoss when it
 // is damaged.
 absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store);
+// The files that a manifest lists. DataLoss when the text is no manifest.
+absl::StatusOr<std::vector<OutputFile>> OutputFilesOf(absl::string_view manifest_json);
 // The names of the files that a manifest lists, its own the last.
 std::vector<std::string> FilesOfManifest(absl::string_view manifest_json);
 

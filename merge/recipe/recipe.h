@@ -32,8 +32,9 @@ struct TextPosition {
 
 // PATH[@REVISION][+ADAPTER[@REVISION]], or the mapping form.
 struct ModelRef {
-  std::string
-      path;  // local path, file://, s3://, hf://, or a hub id that is looked up in the local hub cache
+  // Local path, file://, s3://, artifact://, hf://, or a hub id that is looked up in the local hub
+  // cache.
+  std::string path;
   std::string revision;
   std::string adapter;  // LoRA; empty for none
   std::string adapter_revision;
@@ -177,9 +178,9 @@ struct RecipeAlign {
   Evidence evidence = Evidence::kWeights;  // kActivations where `calibration` is given
   std::vector<Group> groups;               // that may move; each once
   Heads heads = Heads::kPermutation;
-  std::optional<ModelRef> calibration;     // a file
-  std::optional<ModelRef> verify;          // a file: aligned models must have their loss on it
-  int restarts = 1;                        // ways through the groups, of which the best counts
+  std::optional<ModelRef> calibration;  // a file
+  std::optional<ModelRef> verify;       // a file: aligned models must have their loss on it
+  int restarts = 1;                     // ways through the groups, of which the best counts
   TextPosition at, method_at, evidence_at, groups_at, heads_at;
 };
 
