@@ -153,22 +153,15 @@ CommandBody DeclareOnJobs(CLI::App& app, JobAction act) {
 }  // namespace
 
 CommandBody DeclareJobs(CLI::App& app) {
-  app.require_subcommand(1);
-  auto body = std::make_shared<CommandBody>();
-  const auto add = [&](const char* name, const char* summary,
-                       const std::function<CommandBody(CLI::App&)>& declare) {
-    CLI::App* command = app.add_subcommand(name, summary);
-    command->callback([body, run = declare(*command)] { *body = run; });
-  };
   const auto on_jobs = [](JobAction act) {
     return [act](CLI::App& app) { return DeclareOnJobs(app, act); };
   };
-  add("list", "List jobs, newest first", &DeclareList);
-  add("get", "Show a job in full", on_jobs(&Get));
-  add("watch", "Follow a job until it ends; exit code as of pewter merge", on_jobs(&Watch));
-  add("cancel", "Stop a job; what is finished stays at its destination", on_jobs(&Cancel));
-  add("delete", "Forget a job that has ended; its model stays", on_jobs(&Delete));
-  return [body](Output& out) { return (*body)(out); };
+  return DeclareGroup(
+      app, {{"list", "List jobs, newest first", &DeclareList},
+            {"get", "Show a job in full", on_jobs(&Get)},
+            {"watch", "Follow a job until it ends; exit code as of pewter merge", on_jobs(&Watch)},
+            {"cancel", "Stop a job; what is finished stays at its destination", on_jobs(&Cancel)},
+            {"delete", "Forget a job that has ended; its model stays", on_jobs(&Delete)}});
 }
 
 }  // namespace pewter::client

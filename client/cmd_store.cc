@@ -1,6 +1,5 @@
 // pewter store: what an object store can do, and what interrupted merges have left in it.
 #include <algorithm>
-#include <functional>
 #include <memory>
 #include <string>
 
@@ -103,16 +102,9 @@ CommandBody DeclareClean(CLI::App& app) {
 }  // namespace
 
 CommandBody DeclareStore(CLI::App& app) {
-  app.require_subcommand(1);
-  auto body = std::make_shared<CommandBody>();
-  const auto add = [&](const char* name, const char* summary,
-                       const std::function<CommandBody(CLI::App&)>& declare) {
-    CLI::App* command = app.add_subcommand(name, summary);
-    command->callback([body, run = declare(*command)] { *body = run; });
-  };
-  add("check", "Try what pewter needs of an object store", &DeclareCheck);
-  add("clean", "Remove uploads that interrupted merges have begun", &DeclareClean);
-  return [body](Output& out) { return (*body)(out); };
+  return DeclareGroup(
+      app, {{"check", "Try what pewter needs of an object store", &DeclareCheck},
+            {"clean", "Remove uploads that interrupted merges have begun", &DeclareClean}});
 }
 
 }  // namespace pewter::client

@@ -8,15 +8,19 @@
 #include "absl/random/random.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/strip.h"
 #include "base/status.h"
+#include "base/units.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
 #include "client/job_report.h"
 #include "client/recipe_arguments.h"
 #include "client/recipe_paths.h"
 #include "client/remote.h"
+#include "client/transfer.h"
 
 namespace pewter::client {
 
@@ -33,6 +37,10 @@ struct Arguments {
   bool wait = false;
   bool overwrite = false;
   bool allow_nonfinite = false;
+  std::string upload = "auto";
+
+  // The models go to the server, which does not see the files of this machine.
+  bool Uploads() const { return upload == "always" || (upload == "auto" && !server.IsLocal()); }
 };
 
 // Makes a call that is repeated after a lost connection create one job.
@@ -42,7 +50,28 @@ std::string RandomRequestId() {
                          absl::Uniform<uint64_t>(random));
 }
 
-absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Output& out) {
+// The recipe with its local models uploaded. What is not on this machine is a path of the server.
+absl::StatusOr<PortableRecipe> UploadInputs(const Arguments& arguments, Remote& remote,
+                                            PortableRecipe recipe, Output& out) {
+  ASSIGN_OR_RETURN(std::vector<std::string> paths, LocalPathsOf(recipe));
+  if (arguments.upload == "auto") {
+    std::erase_if(paths, [](const std::string& path) {
+      std::error_code error;
+      return !std::filesystem::exists(std::string(absl::StripPrefix(path, "file://")), error);
+    });
+  }
+  if (paths.empty()) return recipe;
+  ASSIGN_OR_RETURN(const UploadResult result, UploadModels(remote, paths, out));
+  if (!out.quiet()) {
+    out.Note(absl::StrCat(FormatCount(paths.size(), "model"), " uploaded: ",
+                          FormatBytes(result.sent_bytes), " of ", FormatBytes(result.bytes),
+                          " sent", result.sent_bytes < result.bytes ? ", the rest was there" : ""));
+  }
+  return ReplacePaths(recipe, result.uris);
+}
+
+absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Remote& remote,
+                                                 Output& out) {
   ASSIGN_OR_RETURN(const std::string text, arguments.recipe.ReadText());
   ASSIGN_OR_RETURN(const auto overrides, SplitAssignments("--set", arguments.recipe.set));
   ASSIGN_OR_RETURN(const auto labels, SplitAssignments("--label", arguments.labels));
@@ -53,9 +82,18 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Out
   if (error) {
     return absl::NotFoundError(absl::StrCat("no working directory: ", error.message()));
   }
-  const absl::StatusOr<PortableRecipe> recipe =
-      MakePathsAbsolute(text, overrides, working_directory);
+  if (arguments.Uploads() && !absl::StartsWith(arguments.output, "/") &&
+      !absl::StrContains(arguments.output, "://")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("OUT, ", arguments.output,
+                     ", is on the server: write artifact://NAME, which pewter "
+                     "download brings here, or an absolute path or URI that the server can write"));
+  }
+  absl::StatusOr<PortableRecipe> recipe = MakePathsAbsolute(text, overrides, working_directory);
   if (!recipe.ok()) return arguments.recipe.NameFile(recipe.status());
+  if (arguments.Uploads()) {
+    ASSIGN_OR_RETURN(recipe, UploadInputs(arguments, remote, *std::move(recipe), out));
+  }
   // Who waits is told by the server.
   if (!arguments.wait) {
     for (const std::string& warning : recipe->warnings) {
@@ -95,7 +133,7 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Out
 
 absl::StatusOr<int> RunSubmit(const Arguments& arguments, Output& out) {
   ASSIGN_OR_RETURN(Remote remote, Remote::Open(arguments.server));
-  ASSIGN_OR_RETURN(const v1::CreateJobRequest request, MakeRequest(arguments, out));
+  ASSIGN_OR_RETURN(const v1::CreateJobRequest request, MakeRequest(arguments, remote, out));
   ASSIGN_OR_RETURN(const v1::Job job, remote.CreateJob(request));
   if (!arguments.wait) {
     if (out.json()) {
@@ -139,12 +177,22 @@ CommandBody DeclareSubmit(CLI::App& app) {
   app.add_flag("--overwrite", arguments->overwrite, "Replace what is at OUT");
   app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
                "Go on when an input holds NaN or infinity");
+  app.add_option("--upload", arguments->upload,
+                 "Send local models to the server first; auto: when it is another machine, those "
+                 "that are here")
+      ->type_name("auto|always|never")
+      ->check(CLI::IsMember({"auto", "always", "never"}))
+      ->capture_default_str();
   arguments->plan.Declare(app);
   arguments->plan.DeclareRawNames(app);
   app.footer(
-      "Relative paths, in the recipe too, are made absolute before they are sent: the server must\n"
-      "see the same files. Interrupted jobs continue where they were by themselves.\n"
+      "A server on this machine sees the same files; relative paths, in the recipe too, are made\n"
+      "absolute. For another machine the models of the recipe are uploaded first, without what it\n"
+      "has already; --upload never when it sees the same files, too. Interrupted jobs continue\n"
+      "where they were by themselves.\n"
       "\nExamples:\n"
+      "  pewter submit recipe.yaml artifact://merged --server merge.example.org:7480 --wait\n"
+      "  pewter download artifact://merged --server merge.example.org:7480\n"
       "  pewter submit recipe.yaml ./merged --server localhost:7480 --wait\n"
       "  pewter jobs watch $(pewter submit recipe.yaml ./merged -q)    with PEWTER_SERVER set");
   return [arguments](Output& out) { return RunSubmit(*arguments, out); };

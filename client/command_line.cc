@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -31,6 +32,9 @@ constexpr Command kCommands[] = {
      &DeclareShuffleLayers},
     {"submit", "Have a server merge", &DeclareSubmit},
     {"jobs", "List, show, follow, cancel and delete jobs of a server", &DeclareJobs},
+    {"upload", "Send models to a server", &DeclareUpload},
+    {"download", "Bring the model of a job or an upload from a server", &DeclareDownload},
+    {"artifacts", "List and delete models that a server keeps", &DeclareArtifacts},
     {"store", "Try an object store, and tidy it up", &DeclareStore},
     {kTransplant, "Give a model the tokenizer of another one", &DeclareTransplantTokens},
     {"completion", "Print completions for a shell", &DeclareCompletion},
@@ -58,6 +62,16 @@ void AddOutputOptions(CLI::App& app, OutputOptions& output) {
 }  // namespace
 
 absl::Span<const Command> Commands() { return kCommands; }
+
+CommandBody DeclareGroup(CLI::App& app, const std::vector<Subcommand>& subcommands) {
+  app.require_subcommand(1);
+  auto body = std::make_shared<CommandBody>();
+  for (const Subcommand& subcommand : subcommands) {
+    CLI::App* const command = app.add_subcommand(subcommand.name, subcommand.summary);
+    command->callback([body, run = subcommand.declare(*command)] { *body = run; });
+  }
+  return [body](Output& out) { return (*body)(out); };
+}
 
 CommandLine::CommandLine() : app("Merges neural networks: model checkpoints in, one model out.") {
   app.name("pewter");

@@ -26,6 +26,14 @@ struct Command {
 
 absl::Span<const Command> Commands();
 
+// A command that only groups others: `pewter jobs list`.
+struct Subcommand {
+  const char* name;
+  const char* summary;
+  std::function<CommandBody(CLI::App& app)> declare;
+};
+CommandBody DeclareGroup(CLI::App& app, const std::vector<Subcommand>& subcommands);
+
 CommandBody DeclareMerge(CLI::App& app);
 CommandBody DeclarePlan(CLI::App& app);
 CommandBody DeclareMoe(CLI::App& app);
@@ -39,6 +47,9 @@ CommandBody DeclareEval(CLI::App& app);
 CommandBody DeclareShuffleLayers(CLI::App& app);
 CommandBody DeclareSubmit(CLI::App& app);
 CommandBody DeclareJobs(CLI::App& app);
+CommandBody DeclareUpload(CLI::App& app);
+CommandBody DeclareDownload(CLI::App& app);
+CommandBody DeclareArtifacts(CLI::App& app);
 CommandBody DeclareStore(CLI::App& app);
 CommandBody DeclareTransplantTokens(CLI::App& app);
 CommandBody DeclareCompletion(CLI::App& app);

@@ -53,6 +53,10 @@ std::vector<std::string> Details(const Progress& progress) {
   return parts;
 }
 
+absl::string_view TitleOf(const Progress& progress, absl::string_view title) {
+  return title.empty() ? PhaseName(progress.phase) : title;
+}
+
 }  // namespace
 
 ProgressStyle ChooseProgressStyle(const Output& out, FILE* stream) {
@@ -64,8 +68,9 @@ ProgressStyle ChooseProgressStyle(const Output& out, FILE* stream) {
   return out.json() ? ProgressStyle::kNone : ProgressStyle::kLines;
 }
 
-ProgressDisplay::ProgressDisplay(ProgressStyle style, bool print_warnings, FILE* stream)
-    : style_(style), print_warnings_(print_warnings), stream_(stream) {
+ProgressDisplay::ProgressDisplay(ProgressStyle style, bool print_warnings, FILE* stream,
+                                 absl::string_view title)
+    : style_(style), print_warnings_(print_warnings), stream_(stream), title_(title) {
   if (style_ != ProgressStyle::kNone) {
     drawer_ = std::jthread([this](std::stop_token stop) { DrawUntilStopped(stop); });
   }
@@ -118,10 +123,10 @@ void ProgressDisplay::DrawUntilStopped(std::stop_token stop) {
 void ProgressDisplay::Draw() {
   if (!latest_.has_value()) return;
   if (style_ == ProgressStyle::kBar) {
-    absl::FPrintF(stream_, "\r%s\x1b[K", RenderBar(*latest_, Columns()));
+    absl::FPrintF(stream_, "\r%s\x1b[K", RenderBar(*latest_, Columns(), title_));
     drawn_ = true;
   } else {
-    absl::FPrintF(stream_, "%s\n", RenderLine(*latest_));
+    absl::FPrintF(stream_, "%s\n", RenderLine(*latest_, title_));
   }
   std::fflush(stream_);
 }
@@ -138,9 +143,9 @@ int ProgressDisplay::Columns() const {
   return ioctl(fileno(stream_), TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
-std::string RenderBar(const Progress& progress, int columns) {
+std::string RenderBar(const Progress& progress, int columns, absl::string_view title) {
   const int filled = static_cast<int>(Fraction(progress) * kBarColumns);
-  std::string bar = absl::StrCat(PhaseName(progress.phase), " [", std::string(filled, '='),
+  std::string bar = absl::StrCat(TitleOf(progress, title), " [", std::string(filled, '='),
                                  filled < kBarColumns ? ">" : "",
                                  std::string(std::max(0, kBarColumns - filled - 1), ' '), "]");
   // One column stays free: a cursor behind the last one makes some terminals scroll.
@@ -153,10 +158,10 @@ std::string RenderBar(const Progress& progress, int columns) {
   return bar;
 }
 
-std::string RenderLine(const Progress& progress) {
+std::string RenderLine(const Progress& progress, absl::string_view title) {
   std::vector<std::string> parts = Details(progress);
   if (!parts.empty()) parts.front().erase(0, parts.front().find_first_not_of(' '));
-  return absl::StrCat(PhaseName(progress.phase), ": ", absl::StrJoin(parts, ", "));
+  return absl::StrCat(TitleOf(progress, title), ": ", absl::StrJoin(parts, ", "));
 }
 
 }  // namespace pewter::client

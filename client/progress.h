@@ -1,4 +1,5 @@
-// ProgressDisplay: shows how a merge goes on, be it a local one or a job of a server.
+// ProgressDisplay: shows how a merge goes on, be it a local one or a job of a server, or how bytes
+// are sent.
 //
 // On a terminal one bar that is redrawn; otherwise a line every few seconds, none for a merge that
 // takes less. Drawing happens in a thread of its own, so observers never wait for the terminal:
@@ -27,7 +28,9 @@ ProgressStyle ChooseProgressStyle(const Output& out, FILE* stream);
 // Thread-safe.
 class ProgressDisplay final : public Observer {
  public:
-  ProgressDisplay(ProgressStyle style, bool print_warnings, FILE* stream);
+  // `title` is what is going on where the phase does not say it: "uploading".
+  ProgressDisplay(ProgressStyle style, bool print_warnings, FILE* stream,
+                  absl::string_view title = "");
   ~ProgressDisplay() override;
 
   void OnProgress(const Progress& progress) override;
@@ -48,6 +51,7 @@ class ProgressDisplay final : public Observer {
   const ProgressStyle style_;
   const bool print_warnings_;
   FILE* const stream_;
+  const std::string title_;
   std::mutex mutex_;
   std::optional<Progress> latest_;
   bool drawn_ = false;   // a bar stands on the terminal
@@ -56,8 +60,8 @@ class ProgressDisplay final : public Observer {
 
 // "merging [=====>    ]  42%  1.2 of 2.8 GiB  310 MB/s  0:12 left  120/290 tensors", cut to
 // `columns`.
-std::string RenderBar(const Progress& progress, int columns);
+std::string RenderBar(const Progress& progress, int columns, absl::string_view title = "");
 // The same for a log.
-std::string RenderLine(const Progress& progress);
+std::string RenderLine(const Progress& progress, absl::string_view title = "");
 
 }  // namespace pewter::client

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <optional>
 
@@ -68,12 +69,14 @@ std::vector<PathScalar> PathScalars(const YamlNode& reference) {
   return scalars;
 }
 
+// What a path becomes.
+using Move = std::function<std::string(absl::string_view path)>;
+
 // The scalar's new text, or nothing when it stays. `what` names it in errors.
 absl::StatusOr<std::optional<std::string>> NewText(absl::string_view text, bool whole_reference,
-                                                   const std::string& working_directory,
-                                                   const std::string& what) {
+                                                   const Move& move, const std::string& what) {
   if (!whole_reference) {
-    std::string portable = PortableModelPath(text, working_directory);
+    std::string portable = move(text);
     if (portable == text) return std::nullopt;
     return portable;
   }
@@ -81,7 +84,7 @@ absl::StatusOr<std::optional<std::string>> NewText(absl::string_view text, bool 
   bool changed = false;
   for (std::string* path : {&ref.path, &ref.adapter}) {
     if (path->empty()) continue;
-    std::string portable = PortableModelPath(*path, working_directory);
+    std::string portable = move(*path);
     if (portable == *path) continue;
     changed = true;
     *path = std::move(portable);
@@ -136,9 +139,11 @@ std::optional<Range> Locate(absl::string_view text, const YamlNode& scalar) {
 
 }  // namespace
 
-absl::StatusOr<PortableRecipe> MakePathsAbsolute(
+namespace {
+
+absl::StatusOr<PortableRecipe> MovePaths(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
-    const std::string& working_directory) {
+    const Move& move) {
   ASSIGN_OR_RETURN(const Recipe recipe, ParseRecipe(text, overrides));
   std::vector<YamlDocument> documents;
   for (const DocumentText& part : SplitYamlDocuments(text)) {
@@ -163,7 +168,7 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
     for (const PathScalar& scalar : PathScalars(*reference)) {
       const std::string what = scalar.node->at.ToString();
       ASSIGN_OR_RETURN(const std::optional<std::string> absolute,
-                       NewText(scalar.node->text, scalar.whole_reference, working_directory, what));
+                       NewText(scalar.node->text, scalar.whole_reference, move, what));
       if (!absolute.has_value()) continue;
       const std::optional<Range> range = Locate(text, *scalar.node);
       if (!range.has_value()) {
@@ -186,14 +191,14 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
       const YamlNode& root = parsed->root();
       if (root.kind == YamlNode::Kind::kScalar && root.text == ref.ToString()) {
         ASSIGN_OR_RETURN(const std::optional<std::string> absolute,
-                         NewText(root.text, /*whole_reference=*/true, working_directory, what));
+                         NewText(root.text, /*whole_reference=*/true, move, what));
         if (absolute.has_value()) value = Quote(*absolute);
         break;
       }
       const bool compound =
           root.kind == YamlNode::Kind::kSequence || root.kind == YamlNode::Kind::kMapping;
       ASSIGN_OR_RETURN(const std::optional<std::string> portable,
-                       NewText(ref.ToString(), /*whole_reference=*/true, working_directory, what));
+                       NewText(ref.ToString(), /*whole_reference=*/true, move, what));
       if (compound && portable.has_value() && absl::StrContains(value, ref.path)) {
         return absl::InvalidArgumentError(
             absl::StrCat(what, ": for a server, write ", ref.ToString(), " as ", *portable));
@@ -201,6 +206,38 @@ absl::StatusOr<PortableRecipe> MakePathsAbsolute(
     }
   }
   return portable;
+}
+
+}  // namespace
+
+absl::StatusOr<PortableRecipe> MakePathsAbsolute(
+    absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
+    const std::string& working_directory) {
+  return MovePaths(text, overrides, [&](absl::string_view path) {
+    return PortableModelPath(path, working_directory);
+  });
+}
+
+absl::StatusOr<std::vector<std::string>> LocalPathsOf(const PortableRecipe& recipe) {
+  ASSIGN_OR_RETURN(const Recipe parsed, ParseRecipe(recipe.text, recipe.overrides));
+  std::vector<std::string> paths;
+  for (const ModelRef& ref : ReferencedModels(parsed)) {
+    for (const std::string& path : {ref.path, ref.adapter}) {
+      const bool local = absl::StartsWith(path, "/") || absl::StartsWith(path, "file://");
+      if (local && std::find(paths.begin(), paths.end(), path) == paths.end()) {
+        paths.push_back(path);
+      }
+    }
+  }
+  return paths;
+}
+
+absl::StatusOr<PortableRecipe> ReplacePaths(const PortableRecipe& recipe,
+                                            const std::map<std::string, std::string>& places) {
+  return MovePaths(recipe.text, recipe.overrides, [&](absl::string_view path) {
+    const auto place = places.find(std::string(path));
+    return place == places.end() ? std::string(path) : place->second;
+  });
 }
 
 std::string PortableModelPath(absl::string_view path, const std::string& working_directory) {

@@ -1,8 +1,9 @@
 // Makes a recipe portable: a server has another working directory, so relative paths of models
-// become absolute before the recipe is sent, and hub ids become hf:// URIs. Nothing else of the
-// text changes, comments included.
+// become absolute before the recipe is sent, and hub ids become hf:// URIs; and what was uploaded
+// is named by where it is then. Nothing else of the text changes, comments included.
 #pragma once
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,6 +25,12 @@ struct PortableRecipe {
 absl::StatusOr<PortableRecipe> MakePathsAbsolute(
     absl::string_view text, const std::vector<std::pair<std::string, std::string>>& overrides,
     const std::string& working_directory);
+
+// The local paths that a portable recipe names, each once: models, adapters, files of data.
+absl::StatusOr<std::vector<std::string>> LocalPathsOf(const PortableRecipe& recipe);
+// The recipe with other places for them. Errors as of MakePathsAbsolute.
+absl::StatusOr<PortableRecipe> ReplacePaths(const PortableRecipe& recipe,
+                                            const std::map<std::string, std::string>& places);
 
 // One path of a model: absolute paths and URIs stay; what starts with ./ or ../ or exists below
 // `working_directory` is a local path; of the rest, what looks like ORG/NAME is a hub id.

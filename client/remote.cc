@@ -1,21 +1,30 @@
 #include "client/remote.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/digest.h"
 #include "base/nearest.h"
 #include "base/status.h"
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpcpp/grpcpp.h"
+#include "store/resource_name.h"
 
 namespace pewter::client {
 
@@ -29,7 +38,9 @@ constexpr seconds kCallTimeout{30};
 constexpr int kCallAttempts = 5;
 constexpr milliseconds kFirstDelay{100};
 constexpr milliseconds kLongestDelay{5000};
-constexpr std::chrono::minutes kLongestAbsence{5};  // of a server while a job is watched
+// Of a server while a job is watched or bytes are sent.
+constexpr std::chrono::minutes kLongestAbsence{5};
+constexpr int64_t kFrameBytes = int64_t{1} << 20;  // of data in a message
 
 constexpr char kStatePrefix[] = "JOB_STATE_";
 
@@ -87,11 +98,47 @@ milliseconds RetryDelayOf(const grpc::Status& status) {
   return milliseconds::zero();
 }
 
+// ErrorInfo.reason, empty when there is none.
+std::string ReasonOf(const grpc::Status& status) {
+  google::rpc::Status details;
+  if (!details.ParseFromString(status.error_details())) return "";
+  google::rpc::ErrorInfo info;
+  for (const auto& any : details.details()) {
+    if (any.UnpackTo(&info)) return info.reason();
+  }
+  return "";
+}
+
+// A transfer that failed so may go on.
+bool MayGoOn(const grpc::Status& status) {
+  switch (status.error_code()) {
+    case grpc::StatusCode::UNAVAILABLE:
+    case grpc::StatusCode::ABORTED:
+    case grpc::StatusCode::CANCELLED:  // by a proxy, or by a server that stops
+      return true;
+    case grpc::StatusCode::OUT_OF_RANGE:
+      return ReasonOf(status) == "OFFSET_MISMATCH";
+    case grpc::StatusCode::RESOURCE_EXHAUSTED:
+      return ReasonOf(status) != "DISK_FULL" && ReasonOf(status) != "QUOTA_BYTES";
+    default:
+      return false;
+  }
+}
+
+// Of the blob on this machine for this user: a process that is started again goes on with the
+// upload of the last one, and others do not get in its way.
+std::string UploadId(const v1::BlobDigest& digest) {
+  char host[256] = "";
+  gethostname(host, sizeof host - 1);
+  const std::string hex = Sha256::Of(absl::StrCat(host, "/", getuid(), "/", digest.sha256()));
+  return absl::StrCat(hex.substr(0, 8), "-", hex.substr(8, 4), "-", hex.substr(12, 4), "-",
+                      hex.substr(16, 4), "-", hex.substr(20, 12));
+}
+
 // One call that may be repeated.
-template <class Request, class Response>
-absl::Status Call(v1::MergeService::Stub& stub, absl::string_view address,
-                  grpc::Status (v1::MergeService::Stub::*method)(grpc::ClientContext*,
-                                                                 const Request&, Response*),
+template <class Stub, class Request, class Response>
+absl::Status Call(Stub& stub, absl::string_view address,
+                  grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
                   const Request& request, Response* response, int attempts = kCallAttempts) {
   Backoff backoff;
   for (int attempt = 1;; ++attempt) {
@@ -123,6 +170,20 @@ void ServerArguments::Declare(CLI::App& app) {
       ->envname("PEWTER_SERVER");
 }
 
+bool ServerArguments::IsLocal() const {
+  absl::string_view host = address;
+  if (absl::StartsWith(host, "unix:")) return true;
+  for (const absl::string_view prefix : {"dns:///", "dns:", "ipv4:", "ipv6:"}) {
+    if (absl::ConsumePrefix(&host, prefix)) break;
+  }
+  if (absl::ConsumePrefix(&host, "[")) {
+    host = host.substr(0, host.find(']'));
+  } else {
+    host = host.substr(0, host.rfind(':'));
+  }
+  return host == "localhost" || host == "::1" || absl::StartsWith(host, "127.");
+}
+
 absl::StatusOr<Remote> Remote::Open(const ServerArguments& arguments) {
   if (arguments.address.empty()) {
     return absl::InvalidArgumentError(
@@ -138,8 +199,11 @@ Remote::Remote(std::string address) : address_(std::move(address)) {
   // Finds out about a host that vanished; servers refuse pings that come more often.
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 310'000);
   arguments.SetMaxReceiveMessageSize(64 << 20);
-  stub_ = v1::MergeService::NewStub(
-      grpc::CreateCustomChannel(address_, grpc::InsecureChannelCredentials(), arguments));
+  const std::shared_ptr<grpc::Channel> channel =
+      grpc::CreateCustomChannel(address_, grpc::InsecureChannelCredentials(), arguments);
+  stub_ = v1::MergeService::NewStub(channel);
+  artifacts_ = v1::ArtifactService::NewStub(channel);
+  bytes_ = google::bytestream::ByteStream::NewStub(channel);
 }
 
 absl::StatusOr<v1::Job> Remote::CreateJob(const v1::CreateJobRequest& request) {
@@ -218,6 +282,181 @@ absl::StatusOr<v1::JobStateChange> Remote::Watch(
     lost = true;
     if (!backoff.Wait(stop)) return absl::CancelledError("interrupted");
   }
+}
+
+absl::StatusOr<v1::FindMissingBlobsResponse> Remote::FindMissingBlobs(
+    const v1::FindMissingBlobsRequest& request) {
+  v1::FindMissingBlobsResponse response;
+  RETURN_IF_ERROR(Call(*artifacts_, address_, &v1::ArtifactService::Stub::FindMissingBlobs, request,
+                       &response));
+  return response;
+}
+
+absl::StatusOr<v1::Artifact> Remote::CreateArtifact(const v1::CreateArtifactRequest& request) {
+  v1::CreateArtifactResponse response;
+  RETURN_IF_ERROR(
+      Call(*artifacts_, address_, &v1::ArtifactService::Stub::CreateArtifact, request, &response));
+  return std::move(*response.mutable_artifact());
+}
+
+absl::StatusOr<v1::Artifact> Remote::GetArtifact(const v1::GetArtifactRequest& request) {
+  v1::GetArtifactResponse response;
+  RETURN_IF_ERROR(
+      Call(*artifacts_, address_, &v1::ArtifactService::Stub::GetArtifact, request, &response));
+  return std::move(*response.mutable_artifact());
+}
+
+absl::StatusOr<v1::ListArtifactsResponse> Remote::ListArtifacts(
+    const v1::ListArtifactsRequest& request) {
+  v1::ListArtifactsResponse response;
+  RETURN_IF_ERROR(
+      Call(*artifacts_, address_, &v1::ArtifactService::Stub::ListArtifacts, request, &response));
+  return response;
+}
+
+absl::Status Remote::DeleteArtifact(const std::string& uri) {
+  v1::DeleteArtifactRequest request;
+  request.set_uri(uri);
+  v1::DeleteArtifactResponse response;
+  // Not idempotent: a repeated call could say that there is no such artifact.
+  return Call(*artifacts_, address_, &v1::ArtifactService::Stub::DeleteArtifact, request, &response,
+              /*attempts=*/1);
+}
+
+grpc::Status Remote::UploadOnce(int file, const v1::BlobDigest& digest, const std::string& name,
+                                const std::function<void(int64_t committed)>& on_progress,
+                                std::stop_token stop) {
+  int64_t offset = 0;
+  {
+    google::bytestream::QueryWriteStatusRequest request;
+    request.set_resource_name(name);
+    google::bytestream::QueryWriteStatusResponse response;
+    grpc::ClientContext context;
+    const std::stop_callback cancel(stop, [&context] { context.TryCancel(); });
+    context.set_deadline(std::chrono::system_clock::now() + kCallTimeout);
+    const grpc::Status status = bytes_->QueryWriteStatus(&context, request, &response);
+    if (status.ok()) offset = response.committed_size();
+    if (!status.ok() && status.error_code() != grpc::StatusCode::NOT_FOUND) return status;
+    on_progress(offset);
+    if (response.complete()) return grpc::Status::OK;
+  }
+
+  google::bytestream::WriteRequest request;
+  request.set_resource_name(name);
+  google::bytestream::WriteResponse response;
+  grpc::ClientContext context;
+  const std::stop_callback cancel(stop, [&context] { context.TryCancel(); });
+  const auto writer = bytes_->Write(&context, &response);
+  do {
+    std::string& data = *request.mutable_data();
+    data.resize(std::min(kFrameBytes, digest.size_bytes() - offset));
+    for (size_t done = 0; done < data.size();) {
+      const ssize_t got = pread(file, data.data() + done, data.size() - done, offset + done);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0) {
+        context.TryCancel();
+        writer->Finish();
+        return {grpc::StatusCode::FAILED_PRECONDITION, "it cannot be read or has become shorter"};
+      }
+      done += got;
+    }
+    request.set_write_offset(offset);
+    request.set_finish_write(offset + static_cast<int64_t>(data.size()) == digest.size_bytes());
+    if (!writer->Write(request)) break;
+    offset += data.size();
+    on_progress(offset);
+    request.clear_resource_name();
+  } while (!request.finish_write());
+  writer->WritesDone();
+  const grpc::Status status = writer->Finish();
+  if (!status.ok() || response.committed_size() == digest.size_bytes()) return status;
+  return {grpc::StatusCode::UNAVAILABLE, "the server ended the upload before its end"};
+}
+
+absl::Status Remote::Upload(const std::string& path, const v1::BlobDigest& digest,
+                            const std::function<void(int64_t committed)>& on_progress,
+                            std::stop_token stop) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) {
+    return absl::NotFoundError(absl::StrCat("cannot open ", path, ": ", strerror(errno)));
+  }
+  const absl::Cleanup close_file = [file] { close(file); };
+  const std::string name = ResourceName{.kind = ResourceName::Kind::kUpload,
+                                        .id = UploadId(digest),
+                                        .sha256 = digest.sha256(),
+                                        .size = digest.size_bytes()}
+                               .ToString();
+  Backoff backoff;
+  bool damaged = false;
+  int64_t furthest = -1;
+  auto last_move = steady_clock::now();
+  for (;;) {
+    const grpc::Status status = UploadOnce(
+        file, digest, name,
+        [&](int64_t committed) {
+          on_progress(committed);
+          if (committed <= furthest) return;
+          furthest = committed;
+          last_move = steady_clock::now();
+          backoff.Reset();
+        },
+        stop);
+    if (status.ok()) return absl::OkStatus();
+    if (stop.stop_requested()) return absl::CancelledError("interrupted");
+    // Once may be the connection's fault.
+    const bool mismatch = ReasonOf(status) == "DIGEST_MISMATCH";
+    const bool again = mismatch ? !damaged : MayGoOn(status);
+    damaged = damaged || mismatch;
+    if (!again || steady_clock::now() - last_move > kLongestAbsence) {
+      if (!mismatch) return Annotate(ToStatus(status, address_), path);
+      return absl::DataLossError(absl::StrCat(path,
+                                              ": the server has refused twice what came: it "
+                                              "is damaged on the way, or the file changes (",
+                                              status.error_message(), ")"));
+    }
+    if (mismatch) furthest = -1;
+    if (!backoff.Wait(stop)) return absl::CancelledError("interrupted");
+  }
+}
+
+absl::Status Remote::Download(const std::string& resource_name, int64_t offset, int64_t size,
+                              const std::function<absl::Status(absl::string_view bytes)>& sink,
+                              std::stop_token stop) {
+  google::bytestream::ReadRequest request;
+  request.set_resource_name(resource_name);
+  Backoff backoff;
+  auto last_move = steady_clock::now();
+  while (offset < size) {
+    request.set_read_offset(offset);
+    grpc::ClientContext context;
+    const std::stop_callback cancel(stop, [&context] { context.TryCancel(); });
+    const auto reader = bytes_->Read(&context, request);
+    google::bytestream::ReadResponse response;
+    while (reader->Read(&response)) {
+      absl::Status taken =
+          static_cast<int64_t>(response.data().size()) > size - offset
+              ? absl::DataLossError("the server sends more bytes than it has promised")
+              : sink(response.data());
+      if (!taken.ok()) {
+        context.TryCancel();
+        reader->Finish();
+        return taken;
+      }
+      offset += response.data().size();
+      last_move = steady_clock::now();
+      backoff.Reset();
+    }
+    const grpc::Status status = reader->Finish();
+    if (offset == size) break;
+    if (stop.stop_requested()) return absl::CancelledError("interrupted");
+    if ((!status.ok() && !MayGoOn(status)) || steady_clock::now() - last_move > kLongestAbsence) {
+      return status.ok() ? absl::DataLossError(absl::StrCat("the server ends ", resource_name,
+                                                            " at byte ", offset, " of ", size))
+                         : ToStatus(status, address_);
+    }
+    if (!backoff.Wait(stop)) return absl::CancelledError("interrupted");
+  }
+  return absl::OkStatus();
 }
 
 bool IsFinal(v1::JobState state) {

@@ -1,6 +1,6 @@
 // Remote: a pewterd, seen from the command line. Retries what is safe to repeat while the server is
-// unavailable, and follows a job across lost connections. Errors are absl::Status with the server's
-// message and code.
+// unavailable, and follows a job and goes on with a transfer across lost connections. Errors are
+// absl::Status with the server's message and code.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "google/bytestream/bytestream.grpc.pb.h"
 #include "merge/engine/observer.h"
+#include "pewter/v1/artifact_service.grpc.pb.h"
 #include "pewter/v1/merge_service.grpc.pb.h"
 
 namespace pewter::client {
@@ -22,6 +25,8 @@ struct ServerArguments {
   std::string address;
 
   void Declare(CLI::App& app);
+  // The server is this machine: it sees the same files.
+  bool IsLocal() const;
 };
 
 // Not shared between threads.
@@ -49,10 +54,35 @@ class Remote {
                                            const std::function<void(const absl::Status&)>& on_lost,
                                            std::stop_token stop);
 
+  absl::StatusOr<v1::FindMissingBlobsResponse> FindMissingBlobs(
+      const v1::FindMissingBlobsRequest& request);
+  absl::StatusOr<v1::Artifact> CreateArtifact(const v1::CreateArtifactRequest& request);
+  absl::StatusOr<v1::Artifact> GetArtifact(const v1::GetArtifactRequest& request);
+  absl::StatusOr<v1::ListArtifactsResponse> ListArtifacts(const v1::ListArtifactsRequest& request);
+  absl::Status DeleteArtifact(const std::string& uri);
+
+  // Sends the file at `path` as the blob of that digest, from where the server has it on: also from
+  // where an earlier process has stopped. `on_progress` is told how much the server has, and then what is sent.
+  // DataLoss when what arrives is not what the digest says, twice; Cancelled when `stop` is asked
+  // to; Unavailable when nothing moves for minutes.
+  absl::Status Upload(const std::string& path, const v1::BlobDigest& digest,
+                      const std::function<void(int64_t committed)>& on_progress,
+                      std::stop_token stop);
+  // Reads a resource of `size` bytes from `offset` on; `sink` takes them in order, and its errors
+  // end the download. Other errors as of Upload.
+  absl::Status Download(const std::string& resource_name, int64_t offset, int64_t size,
+                        const std::function<absl::Status(absl::string_view bytes)>& sink,
+                        std::stop_token stop);
+
  private:
   explicit Remote(std::string address);
+  grpc::Status UploadOnce(int file, const v1::BlobDigest& digest, const std::string& name,
+                          const std::function<void(int64_t committed)>& on_progress,
+                          std::stop_token stop);
 
   std::string address_;
+  std::unique_ptr<v1::ArtifactService::Stub> artifacts_;
+  std::unique_ptr<google::bytestream::ByteStream::Stub> bytes_;
   std::unique_ptr<v1::MergeService::Stub> stub_;
 };
 

@@ -25,7 +25,10 @@ TEST(CommandLineTest, EveryCommandSetsABody) {
       {"inspect", "inspect m"},
       {"convert", "convert m out"},
       {"diff", "diff a b"},
-      {"submit", "submit r.yaml out"},
+      {"submit", "submit r.yaml out --upload always"},
+      {"upload", "upload m n -s host:1"},
+      {"download", "download j1 out --overwrite"},
+      {"artifacts", "artifacts list --limit 3"},
       {"align", "align a b out --groups ffn,heads --restarts 3 --evidence weights"},
       {"eval", "eval m --data d --metric mlm_loss"},
       {"extract-lora",
@@ -85,6 +88,13 @@ TEST(CommandLineTest, RefusesBadUsage) {
            "extract-lora --model a --base-model b --out-path c --max-rank 0",
            "jobs list --limit none",
            "submit r.yaml out --priority 5000",
+           "submit r.yaml out --upload sometimes",
+           "upload",
+           "download",
+           "download j1 out extra",
+           "artifacts",
+           "artifacts delete",
+           "artifacts list --limit 0",
        }) {
     CommandLine line;
     EXPECT_THROW(Parse(line, arguments), CLI::ParseError) << arguments;

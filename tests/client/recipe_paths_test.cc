@@ -173,5 +173,37 @@ TEST_F(RecipePathsTest, Destinations) {
   EXPECT_EQ(AbsoluteDestination("file:///out", "/work"), "file:///out");
 }
 
+TEST_F(RecipePathsTest, WhatIsOnThisMachineCanBePutElsewhere) {
+  const auto portable = MakePathsAbsolute(
+      "# mine\n"
+      "merge_method: linear\n"
+      "models:\n"
+      "  - model: ./here+./adapter\n"
+      "  - model: {model: {path: ./here}, lora: \"./with space\"}\n"
+      "  - model: hf://org/name  # stays\n"
+      "statistics: {./here: ./s.safetensors}\n",
+      {{"base_model", "./here"}}, folder_.string());
+  ASSERT_TRUE(portable.ok()) << portable.status();
+  const auto paths = LocalPathsOf(*portable);
+  ASSERT_TRUE(paths.ok()) << paths.status();
+  EXPECT_THAT(*paths, testing::UnorderedElementsAre(At("here"), At("adapter"), At("with space"),
+                                                    At("s.safetensors")));
+  const auto moved =
+      ReplacePaths(*portable, {{At("here"), "artifact://sha256/aa"},
+                               {At("adapter"), "artifact://sha256/bb"},
+                               {At("with space"), "artifact://sha256/cc"},
+                               {At("s.safetensors"), "artifact://sha256/dd/s.safetensors"}});
+  ASSERT_TRUE(moved.ok()) << moved.status();
+  EXPECT_EQ(moved->text,
+            "# mine\n"
+            "merge_method: linear\n"
+            "models:\n"
+            "  - model: artifact://sha256/aa+artifact://sha256/bb\n"
+            "  - model: {model: {path: artifact://sha256/aa}, lora: artifact://sha256/cc}\n"
+            "  - model: hf://org/name  # stays\n"
+            "statistics: {artifact://sha256/aa: artifact://sha256/dd/s.safetensors}\n");
+  EXPECT_EQ(moved->overrides.at(0).second, "artifact://sha256/aa");
+}
+
 }  // namespace
 }  // namespace pewter::client

@@ -161,5 +161,16 @@ TEST(RemoteOpenTest, NeedsAnAddress) {
   EXPECT_THAT(std::string(remote.status().message()), HasSubstr("PEWTER_SERVER"));
 }
 
+TEST(ServerArgumentsTest, AServerOfThisMachineSeesItsFiles) {
+  for (const char* address : {"localhost:7480", "127.0.0.1:1", "127.1.2.3:1", "[::1]:7480",
+                              "unix:/run/pewter", "dns:///localhost:1", "ipv4:127.0.0.1:1"}) {
+    EXPECT_TRUE(ServerArguments{.address = address}.IsLocal()) << address;
+  }
+  for (const char* address : {"merge.example.org:7480", "10.0.0.1:7480", "[fe80::1]:7480",
+                              "localhost.example.org:1", "dns:///host:1", "0.0.0.0:1"}) {
+    EXPECT_FALSE(ServerArguments{.address = address}.IsLocal()) << address;
+  }
+}
+
 }  // namespace
 }  // namespace pewter::client
