@@ -1,7 +1,6 @@
 #include "server/admission.h"
 
 #include <algorithm>
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,12 +10,12 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "base/status.h"
 #include "server/convert.h"
 #include "server/digest.h"
 #include "server/errors.h"
 #include "server/random_token.h"
 #include "store/artifact_store.h"
-#include "store/s3_store.h"
 
 namespace pewter::server {
 namespace {
@@ -51,32 +50,6 @@ bool IsUri(absl::string_view path) {
   return absl::StartsWith(path, "/") || absl::StartsWith(path, "file://") ||
          absl::StartsWith(path, "s3://") || absl::StartsWith(path, "hf://") ||
          absl::StartsWith(path, kArtifactScheme);
-}
-
-// The place that an absolute path, a file://, s3:// or artifact:// URI names, links resolved as far
-// as it exists, so that equal places have equal keys. Nothing for other places.
-std::optional<std::string> PlaceKey(absl::string_view uri) {
-  if (absl::StartsWith(uri, kArtifactScheme)) {
-    const absl::StatusOr<ArtifactUri> artifact = ParseArtifactUri(uri);
-    if (!artifact.ok()) return std::nullopt;
-    return artifact->ToString();
-  }
-  if (absl::StartsWith(uri, "s3://")) {
-    const absl::StatusOr<S3Store::Place> place = S3Store::Parse(uri);
-    if (!place.ok()) return std::nullopt;
-    return absl::StrCat("s3://", place->bucket, "/", absl::StripSuffix(place->prefix, "/"));
-  }
-  absl::ConsumePrefix(&uri, "file://");
-  if (!absl::StartsWith(uri, "/") || absl::StrContains(uri, absl::string_view("\0", 1))) {
-    return std::nullopt;
-  }
-  const std::filesystem::path path{std::string(uri)};
-  std::error_code error;
-  std::filesystem::path key = std::filesystem::weakly_canonical(path, error);
-  if (error) key = path.lexically_normal();
-  // "/a/" has an empty last part.
-  if (!key.has_filename()) key = key.parent_path();
-  return key.string();
 }
 
 void CheckOptions(const v1::MergeOptions& options, Violations& violations) {
@@ -133,6 +106,13 @@ void CheckPaths(const std::vector<RecipePath>& paths, Violations& violations) {
   }
 }
 
+absl::Status CheckAccess(const std::vector<RecipePath>& paths, const AccessPolicy& access) {
+  for (const RecipePath& path : paths) {
+    RETURN_IF_ERROR(Annotate(access.CheckRead(path.path), path.at.ToString()));
+  }
+  return absl::OkStatus();
+}
+
 void CheckLabels(const google::protobuf::Map<std::string, std::string>& labels,
                  absl::string_view field, Violations& violations) {
   if (labels.size() > kMaxLabels) {
@@ -152,7 +132,7 @@ void CheckLabels(const google::protobuf::Map<std::string, std::string>& labels,
 
 }  // namespace
 
-absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
+absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPolicy& access) {
   Violations violations;
   CheckOptions(request.options(), violations);
   CheckLabels(request.labels(), "labels", violations);
@@ -200,12 +180,15 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
     }
   }
 
+  std::vector<RecipePath> paths;
+  bool stages = false;
   if (CheckRecipeText(request.recipe(), violations)) {
     const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
     if (!recipe.ok()) {
       violations.Add("RECIPE_INVALID", "recipe", std::string(recipe.status().message()));
     } else {
-      const std::vector<RecipePath> paths = PathsOf(*recipe);
+      stages = !recipe->stages.empty();
+      paths = PathsOf(*recipe);
       CheckPaths(paths, violations);
       for (const RecipePath& path : paths) {
         if (key && PlaceKey(path.path) == key) {
@@ -217,6 +200,10 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request) {
     }
   }
   if (absl::Status status = violations.ToStatus(); !status.ok()) return status;
+  RETURN_IF_ERROR(CheckAccess(paths, access));
+  RETURN_IF_ERROR(access.CheckWrite(destination));
+  // Models on the way lie beside the output.
+  if (stages) RETURN_IF_ERROR(access.CheckWrite(absl::StrCat(*key, ".stages")));
 
   NewJob admitted;
   admitted.job.set_id(absl::StrCat("j", RandomHex(10)));
@@ -248,17 +235,22 @@ absl::Status CheckListJobs(const v1::ListJobsRequest& request) {
   return violations.ToStatus();
 }
 
-absl::Status CheckPlanMerge(const v1::PlanMergeRequest& request) {
+absl::Status CheckPlanMerge(const v1::PlanMergeRequest& request, const AccessPolicy& access) {
   Violations violations;
   if (request.page_size() < 0) {
     violations.Add("FIELD_INVALID", "page_size", "must not be negative");
   }
   CheckOptions(request.options(), violations);
+  std::vector<RecipePath> paths;
   if (CheckRecipeText(request.recipe(), violations)) {
     const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
-    if (recipe.ok()) CheckPaths(PathsOf(*recipe), violations);
+    if (recipe.ok()) {
+      paths = PathsOf(*recipe);
+      CheckPaths(paths, violations);
+    }
   }
-  return violations.ToStatus();
+  RETURN_IF_ERROR(violations.ToStatus());
+  return CheckAccess(paths, access);
 }
 
 }  // namespace pewter::server

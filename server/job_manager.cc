@@ -130,7 +130,7 @@ void JobManager::Drain(absl::Duration grace) {
 // Clients.
 
 absl::StatusOr<v1::Job> JobManager::Create(const v1::CreateJobRequest& request) {
-  ASSIGN_OR_RETURN(const NewJob admitted, Admit(request));
+  ASSIGN_OR_RETURN(const NewJob admitted, Admit(request, options_.access));
   absl::MutexLock lock(&mutex_);
   if (draining_) return DrainingError();
   ASSIGN_OR_RETURN(JobStore::Created created, store_->Create(admitted, options_.queue_limit));

@@ -33,6 +33,7 @@
 #include "absl/time/time.h"
 #include "pewter/v1/merge_service.pb.h"
 #include "pewter/v1/worker_service.pb.h"
+#include "server/access_policy.h"
 #include "server/executor/executor.h"
 #include "server/jobs/job_store.h"
 #include "server/watch_hub.h"
@@ -51,6 +52,7 @@ struct JobManagerOptions {
   int max_attempts = 5;
   int64_t queue_limit = 10'000;
   int max_watches = 128;
+  AccessPolicy access;  // of jobs
 };
 
 class JobManager {

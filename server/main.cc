@@ -39,6 +39,14 @@ int main(int argc, char** argv) {
   serve_command->add_option("--artifacts", serve.artifacts,
                             "Where models of clients are kept: a folder or s3://BUCKET/PREFIX "
                             "[$PEWTER_ARTIFACTS, or DATA/artifacts]");
+  serve_command
+      ->add_option(
+          "--allow-read", serve.allow_read,
+          "Jobs read only what is there: s3://BUCKET[/PREFIX], hf://ORG[/MODEL], a folder, "
+          "or s3:// or hf:// for all of a kind; may be given several times; default: all")
+      ->allow_extra_args(false);
+  serve_command->add_option("--allow-write", serve.allow_write, "The same for what jobs write")
+      ->allow_extra_args(false);
   std::string artifact_quota;
   serve_command->add_option("--artifact-quota", artifact_quota,
                             "Most that clients upload in all, as 500GB; default: no limit");

@@ -21,7 +21,7 @@ constexpr int kMaxPage = 5000;
 }  // namespace
 
 absl::StatusOr<v1::PlanMergeResponse> Planner::Plan(const v1::PlanMergeRequest& request) {
-  RETURN_IF_ERROR(CheckPlanMerge(request));
+  RETURN_IF_ERROR(CheckPlanMerge(request, access_));
   v1::PlanMergeRequest bound = request;
   bound.clear_page_token();
   bound.clear_page_size();

@@ -2,20 +2,24 @@
 #pragma once
 
 #include <atomic>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "pewter/v1/merge_service.pb.h"
+#include "server/access_policy.h"
 
 namespace pewter::server {
 
 class Planner {
  public:
-  explicit Planner(int max_plans) : max_plans_(max_plans) {}
+  explicit Planner(int max_plans, AccessPolicy access = {})
+      : max_plans_(max_plans), access_(std::move(access)) {}
 
   absl::StatusOr<v1::PlanMergeResponse> Plan(const v1::PlanMergeRequest& request);
 
  private:
   const int max_plans_;
+  const AccessPolicy access_;
   std::atomic<int> running_ = 0;
 };
 

@@ -143,6 +143,8 @@ absl::Status Serve(const ServeOptions& options) {
   HandleStopSignals(&OnStopSignal);
 
   ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
+  ASSIGN_OR_RETURN(const AccessPolicy access,
+                   AccessPolicy::Make(options.allow_read, options.allow_write));
   RETURN_IF_ERROR(MakeFolder(options.data));
   RETURN_IF_ERROR(LockFolder(options.data));
   ASSIGN_OR_RETURN(const std::string server_id, ServerId(options.data));
@@ -159,8 +161,9 @@ absl::Status Serve(const ServeOptions& options) {
   JobManager jobs(std::move(store), {.server = server_id,
                                      .workers = options.workers,
                                      .lease = lease,
-                                     .look = std::min(absl::Seconds(5), lease / 3)});
-  Planner planner(kMaxPlans);
+                                     .look = std::min(absl::Seconds(5), lease / 3),
+                                     .access = access});
+  Planner planner(kMaxPlans, access);
   MergeServiceImpl merge_service(&jobs, &planner);
   WorkerServiceImpl worker_service(&jobs);
   ArtifactServiceImpl artifact_service(artifacts.get(), &jobs);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 
@@ -18,6 +19,8 @@ struct ServeOptions {
   int64_t artifact_quota = 0;  // bytes of what clients have uploaded; 0: no limit
   int workers = 1;
   int lease_seconds = 15;
+  // Places that jobs may read and write, as AccessPolicy has them; none: all.
+  std::vector<std::string> allow_read, allow_write;
   bool insecure = false;  // other machines may connect, without TLS
 };
 

@@ -257,3 +257,34 @@ def test_a_server_merges_from_store_to_store(s3, models, tmp_path):
         server.terminate()
         server.wait(PATIENCE)
     assert SECRET not in (tmp_path / "log").read_text()
+
+
+def test_a_server_keeps_models_of_its_clients_in_the_store(s3, tmp_path):
+    write_model(tmp_path / "a", 1)
+    write_model(tmp_path / "b", 2)
+    places = ["--artifacts", "s3://models/artifacts", "--allow-read", "s3://models/public", "--allow-write", "s3://models/results"]
+    with open(tmp_path / "log", "wb") as log:
+        command = [PEWTERD, "serve", "--listen", "127.0.0.1:0", "--data", tmp_path / "data", *places]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=s3, text=True)
+    try:
+        address = server.stdout.readline().rpartition(" ")[2].strip()
+        # The client has no key of the store.
+        client = {name: value for name, value in s3.items() if not name.startswith("AWS_")} | {"PEWTER_SERVER": address}
+        merge = recipe(tmp_path, tmp_path / "a", tmp_path / "b")
+        pewter(client, "submit", merge, "artifact://merged", "--upload", "always", "--wait", "--device", "cpu")
+        pewter(client, "download", "artifact://merged", tmp_path / "merged")
+        pewter(client, "merge", merge, tmp_path / "local", "--device", "cpu")
+        for file in sorted(tmp_path.glob("local/*.safetensors")):
+            assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
+        again = json.loads(pewter(client, "upload", tmp_path / "a", "-o", "json").stdout)
+        assert again["sent_bytes"] == 0
+        assert not list((tmp_path / "data/partial").iterdir())
+        uri = again["artifacts"][0]["uri"]
+        refused = pewter(client, "submit", recipe(tmp_path, uri, "s3://models/private/x"), "s3://models/results/x", code=3)
+        assert "s3://models/private/x" in refused.stderr and "s3://models/public" in refused.stderr
+        refused = pewter(client, "submit", recipe(tmp_path, uri), "s3://models/results-old/x", code=3)
+        assert "s3://models/results-old/x" in refused.stderr
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+    assert SECRET not in (tmp_path / "log").read_text()

@@ -408,6 +408,26 @@ TEST_F(S3FaultTest, WrongKeysAreDeniedAndNotShown) {
   }
 }
 
+// Row 23.
+TEST_F(S3FaultTest, ADeniedWriteIsFinalAndSaidOnce) {
+  const std::string content = Bytes(40 << 20);
+  ASSERT_THAT(WriteText(*store_, "shard", content), IsOk());
+  std::atomic<int> denied = 0;
+  before_ = [&](const ServedRequest& request, ServedReply& reply) {
+    if (request.method == "GET" || request.method == "HEAD") return false;
+    reply.status = 403;
+    reply.body = "<Error><Code>AccessDenied</Code><Message>no</Message></Error>";
+    ++denied;
+    return true;
+  };
+  EXPECT_THAT(WriteNewText(*store_, "manifest", "{}"),
+              StatusIs(absl::StatusCode::kPermissionDenied, HasSubstr("manifest")));
+  EXPECT_EQ(denied, 1);
+  // What was there is kept.
+  EXPECT_TRUE(Content("shard") == content);
+  EXPECT_EQ(Content("manifest"), "(nothing)");
+}
+
 // Row 24.
 TEST(S3ConnectionTest, NobodyThere) {
   S3Options options{.endpoint = "http://127.0.0.1:1",
@@ -420,6 +440,32 @@ TEST(S3ConnectionTest, NobodyThere) {
                                         AllOf(HasSubstr("s3://bucket/a"), HasSubstr("3 attempts"),
                                               HasSubstr("127.0.0.1:1"), Not(HasSubstr("canary")))));
   EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+}
+
+TEST(S3ConnectionTest, ANameThatNobodyHas) {
+  S3Options options{.endpoint = "http://store.invalid",
+                    .path_style = true,
+                    .environment = KeysEnvironment("k", "canary")};
+  S3Store store(std::make_shared<S3Client>(options), {.bucket = "bucket", .prefix = ""});
+  const absl::Time start = absl::Now();
+  const absl::Status status = store.Stat("a").status();
+  EXPECT_TRUE(absl::IsUnavailable(status) || absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("store.invalid"), Not(HasSubstr("canary"))));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(30));
+}
+
+// Row 43: other protocols than the web's are not spoken.
+TEST(S3ConnectionTest, AnEndpointIsOfTheWeb) {
+  for (const char* endpoint : {"file:///etc/passwd", "gopher://127.0.0.1:70", "ftp://127.0.0.1",
+                               "dict://127.0.0.1:11211"}) {
+    S3Options options{
+        .endpoint = endpoint, .path_style = true, .environment = KeysEnvironment("k", "s")};
+    options.retry.attempts = 1;
+    S3Store store(std::make_shared<S3Client>(options), {.bucket = "bucket", .prefix = ""});
+    const absl::Status status = store.Stat("a").status();
+    EXPECT_FALSE(status.ok() || absl::IsNotFound(status)) << endpoint << ": " << status;
+  }
 }
 
 TEST(S3ConnectionTest, ATlsErrorIsFinal) {
