@@ -15,6 +15,7 @@
 #include "kernels/assignment.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/linear_algebra.h"
+#include "merge/checkpoint/held_source.h"
 
 namespace pewter {
 namespace {
@@ -56,38 +57,6 @@ struct Gains {
     for (int64_t i = 0; i < width; ++i) sum += At(i, permutation[i]);
     return sum;
   }
-};
-
-// A tensor in memory, so that a view of it jumps about there and not in a file.
-class HeldSource final : public TensorSource {
- public:
-  static absl::StatusOr<std::shared_ptr<const TensorSource>> Hold(const TensorSource& source) {
-    const int64_t count = source.shape().elements();
-    std::vector<std::byte> bytes(count * ByteWidth(source.dtype()));
-    RETURN_IF_ERROR(source.Read(0, count, absl::MakeSpan(bytes), nullptr));
-    return std::make_shared<HeldSource>(source, std::move(bytes));
-  }
-  HeldSource(const TensorSource& source, std::vector<std::byte> bytes)
-      : dtype_(source.dtype()),
-        shape_(source.shape()),
-        name_(source.name()),
-        bytes_(std::move(bytes)) {}
-
-  DType dtype() const override { return dtype_; }
-  const Shape& shape() const override { return shape_; }
-  const std::string& name() const override { return name_; }
-  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
-                    ReadObserver* observer) const override {
-    const int64_t width = ByteWidth(dtype_);
-    std::copy_n(bytes_.begin() + first * width, count * width, out.begin());
-    return absl::OkStatus();
-  }
-
- private:
-  const DType dtype_;
-  const Shape shape_;
-  const std::string name_;
-  const std::vector<std::byte> bytes_;
 };
 
 // Where a group lies in a tensor.
@@ -192,6 +161,7 @@ class Matcher {
     SymmetricTensor symmetric = symmetry_.tensors()[tensor];
     if (except >= 0) symmetric.axes[except].clear();
     ASSIGN_OR_RETURN(auto source, model_.OpenTensor(names_[tensor].second, 0));
+    // In memory, so that the view jumps about there and not in a file.
     ASSIGN_OR_RETURN(source, HeldSource::Hold(*source));
     ASSIGN_OR_RETURN(source, AlignSource(symmetry_, symmetric, alignment, std::move(source)));
     return ReadAll(*source, axis);

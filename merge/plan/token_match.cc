@@ -11,7 +11,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
 #include "base/status.h"
-#include "kernels/backend.h"
+#include "merge/checkpoint/held_source.h"
 #include "merge/plan/utf8.h"
 
 namespace pewter {
@@ -76,15 +76,10 @@ absl::Status ForRows(const TensorSource& source, const F& fn) {
   constexpr int64_t kBlockElements = int64_t{1} << 18;
   const int64_t rows = source.shape()[0], width = source.shape()[1];
   const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, width));
-  std::vector<std::byte> bytes(block * width * ByteWidth(source.dtype()));
   std::vector<double> values(block * width);
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t elements = std::min(block, rows - first) * width;
-    RETURN_IF_ERROR(source.Read(first * width, elements,
-                                {bytes.data(), size_t(elements * ByteWidth(source.dtype()))},
-                                nullptr));
-    kernels::Convert({bytes.data(), source.dtype(), elements},
-                     {values.data(), DType::kF64, elements});
+    RETURN_IF_ERROR(ReadDoubles(source, first * width, {values.data(), size_t(elements)}));
     for (int64_t i = 0; i < elements / width; ++i) {
       fn(first + i, absl::MakeConstSpan(values).subspan(i * width, width));
     }
