@@ -1,6 +1,8 @@
 // pewter align: a model with its features in the order of another one's.
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -24,7 +26,12 @@ struct Arguments {
   std::string evidence;
   std::string groups;
   std::string heads;
+  std::string query_key;
+  std::string last_stage;
+  std::string mapped;
+  std::optional<double> gamma;
   std::string calibration;
+  std::string objective;
   std::string verify;
   int restarts = 1;
   bool print_yaml = false;
@@ -35,14 +42,22 @@ struct Arguments {
 // As a recipe: the model by itself, aligned. JSON is YAML.
 std::string RecipeText(const Arguments& arguments) {
   Json align = {{"reference", arguments.reference}, {"method", arguments.method}};
-  if (!arguments.evidence.empty()) align["evidence"] = arguments.evidence;
-  if (!arguments.heads.empty()) align["heads"] = arguments.heads;
-  if (!arguments.calibration.empty()) align["calibration"] = arguments.calibration;
-  if (!arguments.verify.empty()) align["verify"] = arguments.verify;
-  if (!arguments.groups.empty()) {
-    const std::vector<std::string> groups = absl::StrSplit(arguments.groups, ',');
-    align["groups"] = groups;
+  for (const auto& [key, value] : {std::pair{"evidence", &arguments.evidence},
+                                   {"heads", &arguments.heads},
+                                   {"query_key", &arguments.query_key},
+                                   {"last_stage", &arguments.last_stage},
+                                   {"calibration", &arguments.calibration},
+                                   {"objective", &arguments.objective},
+                                   {"verify", &arguments.verify}}) {
+    if (!value->empty()) align[key] = *value;
   }
+  for (const auto& [key, value] :
+       {std::pair{"groups", &arguments.groups}, {"mapped", &arguments.mapped}}) {
+    if (value->empty()) continue;
+    const std::vector<std::string> groups = absl::StrSplit(*value, ',');
+    align[key] = groups;
+  }
+  if (arguments.gamma) align["gamma"] = *arguments.gamma;
   if (arguments.restarts != 1) align["restarts"] = arguments.restarts;
   const auto line = [](const Json& value) {
     return value.dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -95,6 +110,31 @@ CommandBody DeclareAlign(CLI::App& app) {
       ->type_name("permutation|orthogonal")
       ->check(CLI::IsMember({"permutation", "orthogonal"}))
       ->group(kAlignment);
+  app.add_option("--query-key", arguments->query_key,
+                 "The order of queries and keys inside heads, by activations: their own (default), "
+                 "or that of the values")
+      ->type_name("own|shared")
+      ->check(CLI::IsMember({"own", "shared"}))
+      ->group(kAlignment);
+  app.add_option("--last-stage", arguments->last_stage, "Where --method staged ends")
+      ->type_name("weights|residual")
+      ->check(CLI::IsMember({"weights", "residual"}))
+      ->group(kAlignment);
+  app.add_option(
+         "--mapped", arguments->mapped,
+         "With --method cca, groups of which features are mapped linearly, of heads, ffn and "
+         "residual; default: heads, the only ones for which the model computes what it did")
+      ->type_name("GROUP,...")
+      ->group(kAlignment);
+  app.add_option("--gamma", arguments->gamma,
+                 "With --method cca, what is added to the variances of features; default: 0.1")
+      ->type_name("X")
+      ->group(kAlignment);
+  app.add_option("--objective", arguments->objective,
+                 "Data with labels that --method staged compares its ways by; default: "
+                 "--calibration")
+      ->type_name(kFileType)
+      ->group(kAlignment);
   app.add_option("--calibration", arguments->calibration, "Data that activations are measured on")
       ->type_name(kFileType)
       ->group(kAlignment);
@@ -113,7 +153,7 @@ CommandBody DeclareAlign(CLI::App& app) {
   arguments->plan.Declare(app);
   app.footer(
       "The aligned model computes what the model does, with its features where the reference has "
-      "theirs.\n"
+      "theirs,\nunless --mapped says otherwise.\n"
       "Examples:\n"
       "  pewter align ./a ./b ./b-aligned\n"
       "  pewter align ./a ./b ./b-aligned --groups ffn,heads --restarts 5");

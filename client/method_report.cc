@@ -166,6 +166,9 @@ std::string ExampleRecipe(const MergeMethod& method) {
       absl::StrAppend(&text, "  ", model, ": ", model, ".statistics.safetensors\n");
     }
   }
+  if (method.fits_layers) {
+    absl::StrAppend(&text, "align: {reference: ./model-a, calibration: ./tokens.safetensors}\n");
+  }
   return absl::StrCat(text, "dtype: bfloat16\n");
 }
 

@@ -308,6 +308,7 @@ Json PlanToJson(const Plan& plan) {
     alignments.push_back({{"model", plan.models[alignment.model].ref},
                           {"reference", plan.models[alignment.reference].ref},
                           {"method", alignment.aligner->name()},
+                          {"keeps_function", alignment.aligner->caveat().empty()},
                           {"file", alignment.file}});
   }
   return {{"stages", std::move(stages)},
@@ -347,7 +348,8 @@ std::string PlanToText(const Plan& plan, const PlanReportOptions& options) {
                   "\n\n");
   for (const PlanAlignment& alignment : plan.alignments) {
     absl::StrAppend(&text, "Aligned       ", plan.models[alignment.model].ref, " with ",
-                    plan.models[alignment.reference].ref, " (", alignment.aligner->name(), ", ",
+                    plan.models[alignment.reference].ref, " (", alignment.aligner->name(),
+                    alignment.aligner->caveat().empty() ? "" : ", another function", ", ",
                     alignment.file, ")\n");
   }
   if (!plan.alignments.empty()) absl::StrAppend(&text, "\n");

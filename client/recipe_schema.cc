@@ -185,15 +185,21 @@ Json RecipeSchema() {
                  Object({{"source", token_source}, {"force", {{"type", "boolean"}}}})}}},
               {"pad_to_multiple_of", {{"type", "integer"}, {"minimum", 1}}},
               {"approximate", approximate}});
+  const auto groups = [](const Json& names) {
+    return Json({{"type", "array"}, {"items", {{"enum", names}}}});
+  };
   const Json align =
       Object({{"reference", Reference("model")},
               {"method", {{"enum", {"permutation", "staged", "cca"}}}},
               {"evidence", {{"enum", {"activations", "weights"}}}},
-              {"groups",
-               {{"type", "array"},
-                {"items", {{"enum", {"ffn", "heads", "residual", "pooler", "output_head"}}}}}},
+              {"groups", groups({"ffn", "heads", "residual", "pooler", "output_head"})},
               {"heads", {{"enum", {"permutation", "orthogonal"}}}},
+              {"query_key", {{"enum", {"own", "shared"}}}},
+              {"last_stage", {{"enum", {"weights", "residual"}}}},
+              {"mapped", groups({"ffn", "heads", "residual"})},
+              {"gamma", {{"type", "number"}, {"minimum", 0}}},
               {"calibration", Reference("model")},
+              {"objective", Reference("model")},
               {"verify", Reference("model")},
               {"restarts", {{"type", "integer"}, {"minimum", 1}, {"maximum", 1000}}}},
              {"reference"});

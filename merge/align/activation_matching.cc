@@ -19,11 +19,6 @@ std::string SiteOf(absl::string_view site, absl::string_view name) {
   return absl::StrCat(site, name.substr(name.rfind('.')));
 }
 
-// The forward pass runs the encoder of an encoder-decoder.
-bool OfDecoder(absl::string_view name) {
-  return absl::StrContains(name, ".dec") || absl::StrContains(name, ".x.");
-}
-
 std::vector<int32_t> Identity(int64_t size) {
   std::vector<int32_t> q(size);
   std::iota(q.begin(), q.end(), 0);
@@ -40,7 +35,7 @@ class Matcher {
 
   absl::StatusOr<ActivationMatch> Match() {
     for (const SymmetryGroup& group : symmetry_.groups()) {
-      if (OfDecoder(group.name)) {
+      if (WithoutSites(group.name)) {
         match_.unmatched.push_back(group.name);
         continue;
       }
@@ -134,7 +129,7 @@ class Matcher {
     // Heads that share a table have one order: the one that is best for all of their attentions.
     std::map<int, DenseMatrix> shared;
     for (const Attention& attention : attentions) {
-      if (attention.head_order < 0 || OfDecoder(attention.name)) continue;
+      if (attention.head_order < 0 || WithoutSites(attention.name)) continue;
       ASSIGN_OR_RETURN(const Values values, ValuesOf(attention));
       const auto [known, added] = shared.try_emplace(attention.head_order, values.matches.totals);
       if (added) continue;
@@ -148,7 +143,7 @@ class Matcher {
       Set(symmetry_.groups()[group], orders[group]);
     }
     for (const Attention& attention : attentions) {
-      if (OfDecoder(attention.name)) continue;
+      if (WithoutSites(attention.name)) continue;
       ASSIGN_OR_RETURN(const Values values, ValuesOf(attention));
       AttentionOrder order;
       if (attention.head_order >= 0) {
@@ -267,18 +262,34 @@ absl::StatusOr<DenseMatrix> ResidualCorrelation(const MomentsLookup& moments, in
   return CorrelationOf(sum);
 }
 
+bool WithoutSites(absl::string_view name) {
+  return absl::StrContains(name, ".dec") || absl::StrContains(name, ".x.");
+}
+
+absl::StatusOr<SiteMoments> FeedForwardMoments(const SymmetryGroup& group,
+                                               const MomentsLookup& moments) {
+  return moments(SiteOf("ffn", group.name));
+}
+
+absl::StatusOr<SiteMoments> ValueMoments(const Attention& attention, const MomentsLookup& moments) {
+  const bool shared = attention.heads != attention.kv_heads;
+  return moments(SiteOf(shared ? "value" : "attention", attention.name));
+}
+
+absl::StatusOr<SiteMoments> QueryMoments(const Attention& attention, const MomentsLookup& moments) {
+  return moments(SiteOf("query", attention.name));
+}
+
 absl::StatusOr<DenseMatrix> ValueCovariance(const Attention& attention,
                                             const MomentsLookup& moments, int model) {
-  const bool shared = attention.heads != attention.kv_heads;
-  ASSIGN_OR_RETURN(const SiteMoments site,
-                   moments(SiteOf(shared ? "value" : "attention", attention.name)));
+  ASSIGN_OR_RETURN(const SiteMoments site, ValueMoments(attention, moments));
   ASSIGN_OR_RETURN(FeatureCovariance covariance, CovarianceOf(site, 0, model));
   return std::move(covariance.cross);
 }
 
 absl::StatusOr<DenseMatrix> QueryKeyCovariance(const Attention& attention,
                                                const MomentsLookup& moments, int model) {
-  ASSIGN_OR_RETURN(const SiteMoments queries, moments(SiteOf("query", attention.name)));
+  ASSIGN_OR_RETURN(const SiteMoments queries, QueryMoments(attention, moments));
   ASSIGN_OR_RETURN(const SiteMoments keys, moments(SiteOf("key", attention.name)));
   ASSIGN_OR_RETURN(FeatureCovariance covariance, CovarianceOf(queries, 0, model));
   ASSIGN_OR_RETURN(const FeatureCovariance of_keys, CovarianceOf(keys, 0, model));

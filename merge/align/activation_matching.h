@@ -65,6 +65,17 @@ absl::StatusOr<ActivationMatch> MatchByActivations(const Symmetry& symmetry,
 absl::StatusOr<DenseMatrix> ResidualCorrelation(const MomentsLookup& moments, int model,
                                                 ResidualEvidence evidence);
 
+// The moments of a feed-forward block's units, of an attention's values (of the concatenated heads'
+// contexts, or where query heads share them of the values themselves), and of its queries.
+absl::StatusOr<SiteMoments> FeedForwardMoments(const SymmetryGroup& group,
+                                               const MomentsLookup& moments);
+absl::StatusOr<SiteMoments> ValueMoments(const Attention& attention, const MomentsLookup& moments);
+absl::StatusOr<SiteMoments> QueryMoments(const Attention& attention, const MomentsLookup& moments);
+
+// Whether the forward pass has no sites for a group or an attention: it runs the encoder of an
+// encoder-decoder.
+bool WithoutSites(absl::string_view name);
+
 // What an attention's features have in common, E[x y^T] less the means', in the models' own order:
 // of its value and output features, and of its queries and keys together.
 absl::StatusOr<DenseMatrix> ValueCovariance(const Attention& attention,

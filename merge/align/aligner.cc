@@ -33,7 +33,7 @@ class WeightAligner final : public Aligner {
                                                       .seed = run.seed,
                                                       .threads = run.threads,
                                                       .check = run.check},
-                                                     run.backend));
+                                                     run.host));
     Alignment alignment = std::move(match.alignment);
     alignment.method = name();
     json report = {{"objective", match.objective},
@@ -124,6 +124,72 @@ absl::StatusOr<std::vector<GroupKind>> KindsOf(const RecipeAlign& recipe,
   return kinds;
 }
 
+// That keys which mean something for some methods alone are with those.
+absl::Status CheckKeys(const RecipeAlign& recipe, const Symmetry& symmetry) {
+  using Group = RecipeAlign::Group;
+  const bool permutation = recipe.method == RecipeAlign::Method::kPermutation;
+  const bool staged = recipe.method == RecipeAlign::Method::kStaged;
+  const bool cca = recipe.method == RecipeAlign::Method::kCca;
+  const bool weights = recipe.evidence == RecipeAlign::Evidence::kWeights;
+  const bool orthogonal = recipe.heads == RecipeAlign::Heads::kOrthogonal;
+  if (recipe.query_key_at) {
+    if (!permutation || (weights && recipe.calibration)) {
+      return At(*recipe.query_key_at,
+                "`query_key` is for `method: permutation` by activations alone; `method: staged` "
+                "tries both orders, `method: cca` maps queries and keys by themselves");
+    }
+    if (absl::c_all_of(symmetry.attentions(),
+                       [](const Attention& attention) { return attention.rotary; })) {
+      return At(*recipe.query_key_at,
+                "`query_key` has no meaning for these models: rotary positions fix the order of "
+                "queries and keys inside heads");
+    }
+    if (weights) return At(*recipe.query_key_at, "`query_key` needs data: `calibration: FILE`");
+  }
+  if (recipe.last_stage_at &&
+      (!staged || (orthogonal && recipe.last_stage == RecipeAlign::Stage::kWeights))) {
+    return At(*recipe.last_stage_at,
+              staged ? "`heads: orthogonal` comes after `last_stage: weights`; leave one out"
+                     : "`last_stage` is for `method: staged` alone");
+  }
+  if (recipe.objective && !staged) {
+    return At(recipe.objective->at, "`objective` is for `method: staged` alone");
+  }
+  if (!cca) {
+    for (const auto& [at, key] :
+         {std::pair{recipe.mapped_at, "mapped"}, std::pair{recipe.gamma_at, "gamma"}}) {
+      if (at) return At(*at, absl::StrCat("`", key, "` is for `method: cca` alone"));
+    }
+    return absl::OkStatus();
+  }
+  if (orthogonal) {
+    return At(recipe.heads_at,
+              "`heads: orthogonal` and `method: cca` are two maps of the same "
+              "features; leave one out");
+  }
+  const TextPosition mapped_at = recipe.mapped_at.value_or(recipe.groups_at);
+  if (recipe.mapped.empty()) {
+    return At(mapped_at, "`method: cca` without a group that is mapped is `method: permutation`");
+  }
+  for (const Group group : recipe.mapped) {
+    if (group == Group::kPooler || group == Group::kOutputHead) {
+      return At(mapped_at, absl::StrCat("group `", WordOf(group),
+                                        "` is reordered, not mapped; `mapped` takes heads, ffn and "
+                                        "residual"));
+    }
+    if (absl::c_linear_search(recipe.groups, group)) continue;
+    return At(mapped_at, absl::StrCat("group `", WordOf(group),
+                                      "` is mapped (`mapped`, which is "
+                                      "[heads] unless given) and not among `groups`"));
+  }
+  if (weights) {
+    return At(recipe.calibration ? recipe.evidence_at : recipe.method_at,
+              recipe.calibration ? "`method: cca` knows features by their activations alone"
+                                 : "`method: cca` needs data: `calibration: FILE`");
+  }
+  return absl::OkStatus();
+}
+
 // --- Views ------------------------------------------------------------------------------------
 
 class LaterSource final : public TensorSource {
@@ -139,13 +205,21 @@ class LaterSource final : public TensorSource {
   const Shape& shape() const override { return source_->shape(); }
   const std::string& name() const override { return source_->name(); }
   int64_t resident_bytes() const override {
-    // Orders of the axes that move, one for the rows of all leading ones together, and a row.
+    // Orders of the axes that move, one for the rows of all leading ones together, and a row; the
+    // matrices of linear maps, and the rows that they mix.
     int64_t bytes = source_->resident_bytes();
     const int rank = shape().rank();
     int64_t rows = 1;
     for (int axis = 0; axis < rank && axis < static_cast<int>(tensor_.axes.size()); ++axis) {
       if (!tensor_.axes[axis].empty()) bytes += (axis == rank - 1 ? shape()[axis] : 0) * kIndex;
       if (axis < rank - 1) rows *= shape()[axis];
+      int64_t mixed = 0;
+      for (const AxisSegment& segment : tensor_.axes[axis]) {
+        mixed = std::max(mixed, slot_->MapWidth(segment.group));
+      }
+      if (mixed == 0) continue;
+      const int64_t row = axis < rank - 1 ? mixed * shape()[rank - 1] : 0;
+      bytes += (shape()[axis] * mixed + row + 2 * shape()[rank - 1]) * kDouble;
     }
     const bool rows_move =
         absl::c_any_of(absl::MakeConstSpan(tensor_.axes).subspan(0, std::max(rank - 1, 0)),
@@ -161,7 +235,7 @@ class LaterSource final : public TensorSource {
   }
 
  private:
-  static constexpr int64_t kIndex = sizeof(int32_t);
+  static constexpr int64_t kIndex = sizeof(int32_t), kDouble = sizeof(double);
 
   absl::StatusOr<std::shared_ptr<const TensorSource>> View() const {
     const std::shared_ptr<const Alignment> alignment = slot_->Get();
@@ -190,25 +264,24 @@ class LaterSource final : public TensorSource {
 
 absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& recipe,
                                                            const Symmetry& symmetry,
-                                                           std::shared_ptr<const ForwardData> data,
-                                                           int64_t memory_bytes) {
-  const bool staged = recipe.method == RecipeAlign::Method::kStaged;
+                                                           AlignerInputs inputs) {
+  using Method = RecipeAlign::Method;
   const bool orthogonal = recipe.heads == RecipeAlign::Heads::kOrthogonal;
+  RETURN_IF_ERROR(CheckKeys(recipe, symmetry));
   const bool activations = recipe.evidence == RecipeAlign::Evidence::kActivations;
-  if (recipe.method == RecipeAlign::Method::kCca) {
-    return At(recipe.method_at, "`method: cca` is not supported by this version of Pewter");
+  if (recipe.method != Method::kPermutation && inputs.calibration == nullptr) {
+    return At(recipe.method_at,
+              absl::StrCat("`method: ", recipe.method == Method::kCca ? "cca" : "staged",
+                           "` needs data: `calibration: FILE`"));
   }
-  if (staged && data == nullptr) {
-    return At(recipe.method_at, "`method: staged` needs data: `calibration: FILE`");
-  }
-  if (activations && data == nullptr) {
+  if (activations && inputs.calibration == nullptr) {
     return At(recipe.evidence_at,
               "`evidence: activations` needs data: `calibration: FILE`; `evidence: weights` needs "
               "none");
   }
   ASSIGN_OR_RETURN(std::vector<GroupKind> kinds, KindsOf(recipe, symmetry));
   if (orthogonal) {
-    if (!staged && !activations) {
+    if (recipe.method == Method::kPermutation && !activations) {
       return At(recipe.heads_at,
                 "`heads: orthogonal` needs data: `calibration: FILE`, and activations as evidence");
     }
@@ -221,16 +294,30 @@ absl::StatusOr<std::shared_ptr<const Aligner>> MakeAligner(const RecipeAlign& re
                 "rotary positions, with keys and values of each head's own");
     }
   }
-  if (staged || activations) {
-    return MakeDataAligner({.data = std::move(data),
-                            .staged = staged,
-                            .orthogonal = orthogonal,
-                            .kinds = std::move(kinds),
-                            .ways = recipe.restarts,
-                            .memory_bytes = memory_bytes});
+  if (recipe.method == Method::kPermutation && !activations) {
+    return std::make_shared<WeightAligner>(std::move(kinds), recipe.restarts,
+                                           WeightMatchingBytes(symmetry));
   }
-  return std::make_shared<WeightAligner>(std::move(kinds), recipe.restarts,
-                                         WeightMatchingBytes(symmetry));
+  DataAlignerOptions options{.data = std::move(inputs.calibration),
+                             .objective = std::move(inputs.objective),
+                             .staged = recipe.method == Method::kStaged,
+                             .orthogonal = orthogonal,
+                             .own_query_key = recipe.query_key == RecipeAlign::QueryKey::kOwn,
+                             .weights_last = recipe.last_stage == RecipeAlign::Stage::kWeights,
+                             .kinds = std::move(kinds),
+                             .ways = recipe.restarts,
+                             .fit = inputs.fit,
+                             .memory_bytes = inputs.memory_bytes};
+  if (recipe.method == Method::kCca) {
+    const auto maps = [&](RecipeAlign::Group group) {
+      return absl::c_linear_search(recipe.mapped, group);
+    };
+    options.canonical = CanonicalOptions{.heads = maps(RecipeAlign::Group::kHeads),
+                                         .feed_forward = maps(RecipeAlign::Group::kFfn),
+                                         .residual = maps(RecipeAlign::Group::kResidual),
+                                         .gamma = recipe.gamma};
+  }
+  return MakeDataAligner(std::move(options));
 }
 
 void AlignmentSlot::Set(std::shared_ptr<const Alignment> alignment) {
@@ -241,6 +328,16 @@ void AlignmentSlot::Set(std::shared_ptr<const Alignment> alignment) {
 std::shared_ptr<const Alignment> AlignmentSlot::Get() const {
   std::lock_guard lock(mutex_);
   return alignment_;
+}
+
+void AlignmentSlot::SetStatistics(std::shared_ptr<const StatisticsReader> statistics) {
+  std::lock_guard lock(mutex_);
+  statistics_ = std::move(statistics);
+}
+
+std::shared_ptr<const StatisticsReader> AlignmentSlot::statistics() const {
+  std::lock_guard lock(mutex_);
+  return statistics_;
 }
 
 std::shared_ptr<const TensorSource> AlignLater(std::shared_ptr<const Symmetry> symmetry,

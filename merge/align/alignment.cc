@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -280,6 +281,7 @@ absl::Status CheckAlignment(const Symmetry& symmetry, const Alignment& alignment
     }
     if (group.transform.blocks == 0) continue;
     RETURN_IF_ERROR(CheckTransform(name, group.transform, of.width));
+    if (absl::c_linear_search(alignment.inexact, name)) continue;
     for (const SymmetricTensor& tensor : symmetry.tensors()) {
       for (const auto& axis : tensor.axes) {
         for (const AxisSegment& segment : axis) {
@@ -302,6 +304,9 @@ absl::StatusOr<Alignment> Compose(const Alignment& first, const Alignment& secon
   result.reference_fingerprint = second.reference_fingerprint;
   result.method = absl::StrCat(first.method, ", ", second.method);
   result.report.clear();
+  for (const std::string& name : second.inexact) {
+    if (!absl::c_linear_search(result.inexact, name)) result.inexact.push_back(name);
+  }
   for (const auto& [name, after] : second.groups) {
     GroupAlignment& group = result.groups[name];
     const GroupAlignment before = group;
@@ -419,7 +424,9 @@ absl::StatusOr<std::string> SerializeAlignment(const Alignment& alignment) {
       {"model", alignment.model},
       {"model_fingerprint", alignment.model_fingerprint},
       {"method", alignment.method},
+      {"function", alignment.keeps_function() ? "kept" : "changed"},
   };
+  if (!alignment.keeps_function()) metadata["inexact"] = json(alignment.inexact).dump();
   if (!alignment.report.empty()) metadata["report"] = alignment.report;
   ASSIGN_OR_RETURN(std::string file, LayOutSafetensors(tensors, metadata));
   for (const absl::string_view one : data) file.append(one.data(), one.size());
@@ -448,6 +455,13 @@ absl::StatusOr<Alignment> ReadAlignment(ObjectStore& store, absl::string_view ke
                          .model_fingerprint = text("model_fingerprint"),
                          .method = text("method"),
                          .report = text("report")};
+  if (const std::string names = text("inexact"); !names.empty()) {
+    const json list = json::parse(names, nullptr, /*allow_exceptions=*/false);
+    for (const json& name : list) {
+      if (!list.is_array() || !name.is_string()) return fail("\"inexact\" is no list of names");
+      alignment.inexact.push_back(name.get<std::string>());
+    }
+  }
   for (const TensorInfo& tensor : header.tensors) {
     const auto wrong = [&] {
       return fail(absl::StrCat("tensor ", tensor.name, " is ", SafetensorsName(tensor.dtype), " ",
@@ -703,17 +717,17 @@ absl::StatusOr<AlignedSource::Axis> AlignedAxis(const Symmetry& symmetry,
         it != alignment.groups.end() && it->second.transform.blocks != 0 ? &it->second.transform
                                                                          : nullptr;
     // Feature i of a run is sum_k M[i][k] of the run: T for what produces features; what reads
-    // them multiplies by T^-1 from the right, T^-T for its columns.
-    const bool inverse = segment.role != FeatureRole::kProduced;
+    // them multiplies by T^-1 from the right, T^-T for its columns. What scales them one by one is
+    // the diagonal of T diag(v) T^-1.
+    const auto factor = [&](int64_t i, int64_t k) {
+      const double forward = transform->forward[i * dim + k];
+      if (segment.role == FeatureRole::kProduced) return forward;
+      const double inverse = transform->inverse[(i / dim * dim + k) * dim + i % dim];
+      return segment.role == FeatureRole::kOrdered ? forward * inverse : inverse;
+    };
     for (int64_t i = 0; i < group.width; ++i) {
       for (int64_t k = 0; k < dim; ++k) {
-        if (transform == nullptr) {
-          axis.matrices.push_back(i % dim == k ? 1 : 0);
-        } else if (inverse) {
-          axis.matrices.push_back(transform->inverse[(i / dim * dim + k) * dim + i % dim]);
-        } else {
-          axis.matrices.push_back(transform->forward[i * dim + k]);
-        }
+        axis.matrices.push_back(transform == nullptr ? (i % dim == k ? 1 : 0) : factor(i, k));
       }
     }
   }

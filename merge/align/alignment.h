@@ -9,9 +9,13 @@
 //     GROUP.transform     F64 [blocks, dim, dim]    then, in each run of dim features, x' = T x
 //     GROUP.inverse       F64 [blocks, dim, dim]    T^-1
 //     metadata            format, version, family, reference and model (their references and the
-//                         digests of their tensors' names, types and shapes), method, report (JSON)
+//                         digests of their tensors' names, types and shapes), method, function
+//                         ("kept" or "changed"), inexact (JSON, where changed), report (JSON)
 //
-// A group that is not there keeps its order. Groups are those of symmetry.h.
+// A group that is not there keeps its order. Groups are those of symmetry.h. Linear maps of groups
+// that are `inexact` are no symmetry: with those the aligned model computes another function, and
+// values that scale features one by one are mapped as the diagonal matrix that they stand for, of
+// which the diagonal is kept: v'_i = (T diag(v) T^-1)_ii.
 //
 // Errors: FailedPrecondition for an alignment that does not fit the model or that the model's
 // architecture does not allow, DataLoss for a damaged file. Values and views may be shared between
@@ -54,6 +58,9 @@ struct Alignment {
   std::string method;                            // "permutation by weights": for messages
   std::string report;                            // JSON object: objectives, stages; may be empty
   std::map<std::string, GroupAlignment> groups;  // by SymmetryGroup::name
+  std::vector<std::string> inexact;              // groups whose linear maps are no symmetry
+
+  bool keeps_function() const { return inexact.empty(); }
 };
 
 // What an alignment remembers of a model: a digest of the tensors' names, types and shapes.
@@ -62,7 +69,7 @@ std::string AlignmentFingerprint(const Symmetry& symmetry, const Checkpoint& mod
 // That every group exists and has its width, permutations are permutations, transforms have their
 // inverses, and features stay within what the symmetry allows: in their heads, in the order that
 // RoPE fixes, heads with their keys and values, one order for heads that share a table. Transforms
-// are allowed where no tensor takes the group by kOrdered.
+// are allowed where no tensor takes the group by kOrdered, and where the group is inexact.
 absl::Status CheckAlignment(const Symmetry& symmetry, const Alignment& alignment);
 
 // `first`, and `second` on what it gives: Apply(Compose(first, second)) is Apply(second) after

@@ -80,14 +80,24 @@ MergedCovariance MergeRows(const Combination& of, const DenseMatrix& first,
   return merged;
 }
 
-// sum x y^T - (sum x)(sum y)^T / n
-DenseMatrix Centred(const DenseMatrix& products, absl::Span<const double> x,
-                    absl::Span<const double> y, double n) {
-  DenseMatrix centred = products;
-  for (int64_t i = 0; i < centred.rows; ++i) {
-    for (int64_t j = 0; j < centred.columns; ++j) centred(i, j) -= x[i] * (y[j] / n);
+// sum x y^T becomes sum x y^T - (sum x)(sum y)^T / n.
+void Centre(absl::Span<const double> x, absl::Span<const double> y, double n,
+            DenseMatrix& products) {
+  for (int64_t i = 0; i < products.rows; ++i) {
+    for (int64_t j = 0; j < products.columns; ++j) products(i, j) -= x[i] * (y[j] / n);
   }
-  return centred;
+}
+
+// Pairs of which `merged` holds, and those apart, in the order of the first model's features.
+template <class Merged>
+PartialMatch Split(absl::Span<const int32_t> q, const Merged& merged) {
+  PartialMatch match;
+  for (size_t i = 0; i < q.size(); ++i) {
+    const bool together = merged(i);
+    (together ? match.first : match.first_alone).push_back(static_cast<int32_t>(i));
+    (together ? match.second : match.second_alone).push_back(q[i]);
+  }
+  return match;
 }
 
 }  // namespace
@@ -110,13 +120,18 @@ PartialMatch MatchAbove(absl::Span<const int32_t> q, absl::Span<const double> si
   const double share = place - static_cast<double>(below);
   double least = sorted[below];
   if (share > 0) least += share * (sorted[below + 1] - sorted[below]);
-  PartialMatch match;
-  for (size_t i = 0; i < q.size(); ++i) {
-    const bool merged = apart < 1 && similarity[i] >= least;
-    (merged ? match.first : match.first_alone).push_back(static_cast<int32_t>(i));
-    (merged ? match.second : match.second_alone).push_back(q[i]);
-  }
-  return match;
+  return Split(q, [&](size_t i) { return apart < 1 && similarity[i] >= least; });
+}
+
+PartialMatch MatchAllBut(int64_t apart, absl::Span<const int32_t> q,
+                         absl::Span<const double> similarity) {
+  std::vector<size_t> order(q.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return similarity[a] < similarity[b]; });
+  std::vector<bool> alone(q.size());
+  for (int64_t k = 0; k < apart; ++k) alone[order[k]] = true;
+  return Split(q, [&](size_t i) { return !alone[i]; });
 }
 
 LinearLayer AverageLayers(const LinearLayer& first, const LinearLayer& second,
@@ -140,22 +155,21 @@ LinearLayer AverageLayers(const LinearLayer& first, const LinearLayer& second,
 
 absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const LinearLayer& first,
                                      const LinearLayer& second, const PartialMatch& outputs,
-                                     const PartialMatch& inputs, const JointInputs& moments,
+                                     const PartialMatch& inputs, JointInputs moments,
                                      const Ridge& ridge) {
   const Combination rows = CombinationOf(outputs), columns = CombinationOf(inputs);
   LinearLayer layer = AverageLayers(first, second, outputs, inputs);
   const bool biased = !layer.bias.empty();
   // Without a bias the layer goes through the origin.
-  const auto centre = [&](const DenseMatrix& products, const std::vector<double>& x,
-                          const std::vector<double>& y) {
-    return biased ? Centred(products, x, y, moments.rows) : products;
-  };
-  const DenseMatrix aa = centre(moments.first, moments.first_sum, moments.first_sum);
-  const DenseMatrix ab = centre(moments.cross, moments.first_sum, moments.second_sum);
-  const DenseMatrix bb = centre(moments.second, moments.second_sum, moments.second_sum);
+  if (biased) {
+    Centre(moments.first_sum, moments.first_sum, moments.rows, moments.first);
+    Centre(moments.first_sum, moments.second_sum, moments.rows, moments.cross);
+    Centre(moments.second_sum, moments.second_sum, moments.rows, moments.second);
+  }
 
   // X^T [x_a x_b], then X^T X and X^T Y with Y = the combination of W_a x_a and W_b x_b.
-  const MergedCovariance with_own = MergeRows(columns, aa, ab, bb);
+  MergedCovariance with_own = MergeRows(columns, moments.first, moments.cross, moments.second);
+  moments.first = moments.cross = moments.second = {};
   const int64_t width = inputs.width(), out = outputs.width();
   DenseMatrix xx(width, width);
   for (int64_t i = 0; i < width; ++i) {
@@ -167,6 +181,7 @@ absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const Line
                                                   Transpose::kYes, first.weight));
   ASSIGN_OR_RETURN(const DenseMatrix xyb, Product(algebra, Transpose::kNo, with_own.with_second,
                                                   Transpose::kYes, second.weight));
+  with_own = {};
   DenseMatrix xy(width, out);
   for (int64_t i = 0; i < width; ++i) {
     const std::vector<double> a = RowOf(xya, i), b = RowOf(xyb, i);
@@ -242,9 +257,25 @@ absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const Line
   return layer;
 }
 
+int64_t FitLayerBytes(int64_t outputs, int64_t inputs, int64_t merged_outputs,
+                      int64_t merged_inputs) {
+  // Moments of both models and between them, and their products with the merged features; or those
+  // products' sums, X^T X, and the part of it that a block of outputs uses. The two layers, the
+  // result, its products with X, and what is solved for.
+  const int64_t matrices = std::max(3 * inputs * inputs + 2 * merged_inputs * inputs,
+                                    2 * merged_inputs * inputs + 2 * merged_inputs * merged_inputs);
+  const int64_t weights =
+      2 * outputs * inputs + 2 * merged_inputs * outputs + 4 * merged_inputs * merged_outputs;
+  return static_cast<int64_t>(sizeof(double)) * (matrices + weights);
+}
+
 double BudgetCost(const BudgetProblem& problem, absl::Span<const double> ratios) {
   double cost = 0;
   for (const BudgetTerm& term : problem.terms) {
+    if (term.groups.empty()) {
+      cost += term.cost;
+      continue;
+    }
     const int a = term.groups[0];
     if (term.groups.size() == 1) {
       cost += term.cost * problem.sizes[a] * (1 + ratios[a]);
@@ -268,7 +299,7 @@ absl::StatusOr<std::vector<int>> Cover(const BudgetProblem& problem) {
       return std::find(chosen.begin(), chosen.end(), group) != chosen.end();
     };
     return std::all_of(problem.terms.begin(), problem.terms.end(), [&](const BudgetTerm& term) {
-      return term.groups.size() == 1 || has(term.groups[0]) || has(term.groups[1]);
+      return term.groups.size() < 2 || has(term.groups[0]) || has(term.groups[1]);
     });
   };
   if (covers({})) return std::vector<int>{};
@@ -296,10 +327,10 @@ absl::StatusOr<std::vector<int>> Cover(const BudgetProblem& problem) {
 absl::StatusOr<std::vector<double>> SolveBudget(const BudgetProblem& problem, double budget) {
   const auto count = static_cast<int>(problem.sizes.size());
   for (const BudgetTerm& term : problem.terms) {
-    const bool known = !term.groups.empty() && term.groups.size() <= 2 &&
+    const bool known = term.groups.size() <= 2 &&
                        std::all_of(term.groups.begin(), term.groups.end(),
                                    [&](int group) { return group >= 0 && group < count; }) &&
-                       (term.groups.size() == 1 || term.groups[0] != term.groups[1]);
+                       (term.groups.size() < 2 || term.groups[0] != term.groups[1]);
     if (!known) return absl::InternalError("a layer of the budget is between unknown groups");
   }
   const std::vector<double> none(count);

@@ -42,6 +42,10 @@ PartialMatch WholeMatch(absl::Span<const int32_t> q);
 // 0: all, 1: none. In the order of the first model's features.
 PartialMatch MatchAbove(absl::Span<const int32_t> q, absl::Span<const double> similarity,
                         double apart);
+// All pairs but the `apart` least similar ones, whatever ties; for where the width is fixed before
+// similarities are known. In the order of the first model's features.
+PartialMatch MatchAllBut(int64_t apart, absl::Span<const int32_t> q,
+                         absl::Span<const double> similarity);
 
 // A linear layer y = W x + b; the bias may be empty.
 struct LinearLayer {
@@ -68,21 +72,25 @@ struct Ridge {
 // 0 is needed then.
 absl::StatusOr<LinearLayer> FitLayer(kernels::LinearAlgebra& algebra, const LinearLayer& first,
                                      const LinearLayer& second, const PartialMatch& outputs,
-                                     const PartialMatch& inputs, const JointInputs& moments,
+                                     const PartialMatch& inputs, JointInputs moments,
                                      const Ridge& ridge);
+// Host memory that it takes at most, moments and layers included: of layers from `inputs` to
+// `outputs` features, merged to `merged_inputs` and `merged_outputs`.
+int64_t FitLayerBytes(int64_t outputs, int64_t inputs, int64_t merged_outputs,
+                      int64_t merged_inputs);
 
 // How much of each group stays apart for a budget of work.
 struct BudgetTerm {
   double cost = 1;          // of a layer, for each product of an input and an output
-  std::vector<int> groups;  // one (the other side is fixed) or two
+  std::vector<int> groups;  // none (both sides are fixed), one, or two
 };
 struct BudgetProblem {
   std::vector<double> sizes;    // features of each group
   std::vector<double> weights;  // what keeping it apart is worth
   std::vector<BudgetTerm> terms;
 };
-// Work of layers whose groups stay apart by those ratios: cost s (1 + r) with one group, cost s t
-// (1 + r + u - r u) with two.
+// Work of layers whose groups stay apart by those ratios: the cost without a group, cost s (1 + r)
+// with one, cost s t (1 + r + u - r u) with two.
 double BudgetCost(const BudgetProblem& problem, absl::Span<const double> ratios);
 // Ratios that make sum_i weight_i r_i largest where the work is at most `budget` times that of none
 // apart, 0 <= r <= 1. The work is bilinear; groups that meet no others once a few are fixed are

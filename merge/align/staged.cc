@@ -104,19 +104,8 @@ class Stager {
     }
     ASSIGN_OR_RETURN(WeightMatch match,
                      MatchWeights(symmetry_, reference_, model_, start, matching, backend_));
-    Alignment again = own_;
-    for (const SymmetryGroup& group : symmetry_.groups()) {
-      const auto found = match.alignment.groups.find(group.name);
-      if (group.kind == GroupKind::kResidual && residual && found != match.alignment.groups.end()) {
-        again.groups[group.name] = found->second;
-      }
-    }
-    Stages stages = {{"weights", std::move(match.alignment)}, {"residual", again}};
-    if (options_.orthogonal) {
-      RETURN_IF_ERROR(
-          AddOrthogonalMaps(symmetry_, reference_, model_, moments_, options_, backend_, again));
-      stages.emplace_back("orthogonal", std::move(again));
-    }
+    Stages stages = {{"weights", std::move(match.alignment)}};
+    if (!options_.weights_last) RETURN_IF_ERROR(MatchAgain(residual, stages));
     ASSIGN_OR_RETURN(const double reached, objective_(stages.back().second));
     if (best_.empty() || reached < best_objective_) {
       result_.chosen = static_cast<int>(result_.residual_orders.size());
@@ -124,6 +113,24 @@ class Stager {
       best_objective_ = reached;
     }
     result_.residual_orders.emplace_back(name, reached);
+    return absl::OkStatus();
+  }
+
+  // The stages after the weight matching.
+  absl::Status MatchAgain(bool residual, Stages& stages) const {
+    const Alignment& matched = stages.front().second;
+    Alignment again = own_;
+    for (const SymmetryGroup& group : symmetry_.groups()) {
+      const auto found = matched.groups.find(group.name);
+      if (group.kind == GroupKind::kResidual && residual && found != matched.groups.end()) {
+        again.groups[group.name] = found->second;
+      }
+    }
+    stages.emplace_back("residual", again);
+    if (!options_.orthogonal) return absl::OkStatus();
+    RETURN_IF_ERROR(
+        AddOrthogonalMaps(symmetry_, reference_, model_, moments_, options_, backend_, again));
+    stages.emplace_back("orthogonal", std::move(again));
     return absl::OkStatus();
   }
 

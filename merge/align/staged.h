@@ -39,6 +39,7 @@ using AlignmentObjective = std::function<absl::StatusOr<double>(const Alignment&
 struct StagedOptions {
   bool residual = true;
   bool orthogonal = true;
+  bool weights_last = false;  // neither `residual` nor `orthogonal`
   // Of the weights' evidence for orthogonal maps, where that of the activations counts 1: both as
   // matrices of norm 1.
   double weight_evidence = 1;

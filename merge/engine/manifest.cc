@@ -197,6 +197,13 @@ std::vector<std::string> FilesOfManifest(absl::string_view manifest_json) {
 
 namespace {
 
+// Of the output's files.
+size_t TensorCount(const Plan& plan) {
+  size_t count = 0;
+  for (const PlanTensor& tensor : plan.tensors) count += std::max<size_t>(tensor.parts.size(), 1);
+  return count;
+}
+
 // What the recipe does not say and the plan decided.
 ordered_json DecisionsJson(const Plan& plan) {
   ordered_json tensors = ordered_json::object();
@@ -236,7 +243,7 @@ std::string ManifestJson(const ManifestInput& input) {
       {"architecture", plan.architecture},
       {"recipe", plan.recipe_text},
       {"seed", plan.options.seed},
-      {"tensors", plan.tensors.size()},
+      {"tensors", TensorCount(plan)},
       {"bytes", plan.write_bytes},
       {"inputs", InputsJson(plan, input.shards)},
       {"files", std::move(files)},
@@ -254,6 +261,7 @@ std::string ManifestJson(const ManifestInput& input) {
     ordered_json json = {{"model", plan.models[alignment.model].ref},
                          {"reference", plan.models[alignment.reference].ref},
                          {"method", alignment.aligner->name()},
+                         {"keeps_function", alignment.aligner->caveat().empty()},
                          {"file", alignment.file}};
     if (const auto found = alignment.slot->Get(); found != nullptr && !found->report.empty()) {
       json["report"] = ordered_json::parse(found->report, nullptr, /*allow_exceptions=*/false);

@@ -268,7 +268,10 @@ absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
     const bool evaluation = absl::StartsWith(key, "evaluation") &&
                             (absl::EndsWith(key, ".json") || absl::EndsWith(key, ".html") ||
                              absl::EndsWith(key, ".svg"));
-    if (weights || evaluation) RETURN_IF_ERROR(output_->Remove(key));
+    // What was found out of other models or data would be taken for what this run looks for.
+    const bool found = absl::StrContains(key, ".safetensors") &&
+                       (absl::StartsWith(key, "statistics") || absl::StartsWith(key, "alignment"));
+    if (weights || evaluation || found) RETURN_IF_ERROR(output_->Remove(key));
   }
   return absl::OkStatus();
 }

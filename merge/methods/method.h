@@ -96,7 +96,7 @@ struct TensorFacts {
   std::vector<int64_t> ranks;
   const LayerInputs* layer_inputs = nullptr;  // null: the statistics have none
   bool has_statistics = false;                // operands StatisticsOf(input) are there
-  bool report = false;  // TaskContext::reports will be true
+  bool report = false;                        // TaskContext::reports will be true
 };
 // How a method treats a tensor, where not all alike.
 struct Treatment {
@@ -148,6 +148,10 @@ struct MergeMethod {
   bool by_columns = false;  // calls ReduceColumns
   bool in_double = false;   // inputs are widened to F64
   StatisticsUse statistics = StatisticsUse::kNone;
+  // Linear layers of two models that are aligned by data are fitted to both by the plan
+  // (merge/plan/fitted_layers.h), with the parameters `budget` and `ridge`; other tensors are for
+  // `run`.
+  bool fits_layers = false;
   // What the values of one input must fulfil together; null: nothing. Called while planning.
   absl::Status (*check_input)(const ParamValues& params) = nullptr;
   // Null: all tensors are for `run`. Called while planning.

@@ -106,7 +106,11 @@ absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
                             : absl::StrFormat("model-%05d-of-%05d.safetensors", s + 1, count);
     RETURN_IF_ERROR(LayOutShard(shard, plan));
     if (count == 1) continue;
-    for (int index : shard.tensors) weight_map[plan.tensors[index].name] = shard.file;
+    for (int index : shard.tensors) {
+      const PlanTensor& tensor = plan.tensors[index];
+      if (tensor.parts.empty()) weight_map[tensor.name] = shard.file;
+      for (const PlanPart& part : tensor.parts) weight_map[part.name] = shard.file;
+    }
   }
   if (count > 1) {
     const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},

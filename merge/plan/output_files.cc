@@ -309,6 +309,7 @@ absl::StatusOr<std::string> MakeConfigJson(const Plan& plan, int donor,
       *list = std::move(entries);
     }
   }
+  for (const auto& [key, width] : changes.widths) config[key] = width;
   if (changes.vocabulary_rows) {
     const auto keys = VocabularySizeKeys(config, ConfigParts::kLanguageModel);
     for (const std::string& key : keys) *FindDotted(config, key) = *changes.vocabulary_rows;

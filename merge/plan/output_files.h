@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -29,7 +30,8 @@ struct ConfigChanges {
   std::optional<DType> dtype;         // of the output's tensors
   std::vector<ModuleLayers> modules;  // layer counts and per-layer lists
   std::optional<int64_t> vocabulary_rows;
-  const TokenIds* token_ids = nullptr;  // null: ids stay
+  std::map<std::string, int64_t> widths;  // by key, of groups that became wider
+  const TokenIds* token_ids = nullptr;    // null: ids stay
   int token_id_donor = -1;  // >= 0: the model whose configuration says which tokens begin, end, pad
 };
 

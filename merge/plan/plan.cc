@@ -22,6 +22,7 @@
 #include "merge/plan/adapter_files.h"
 #include "merge/plan/adapter_merge.h"
 #include "merge/plan/chat_template.h"
+#include "merge/plan/fitted_layers.h"
 #include "merge/plan/layout.h"
 #include "merge/plan/output_files.h"
 #include "merge/plan/parameters.h"
@@ -99,6 +100,7 @@ class Planner {
       return absl::FailedPreconditionError("no tensor is merged; the models have none in common");
     }
     RETURN_IF_ERROR(CheckStatisticsUsed());
+    RETURN_IF_ERROR(FitLayers());
     if (plan_.report && absl::c_none_of(plan_.tensors, [](const PlanTensor& tensor) {
           return tensor.task != nullptr;
         })) {
@@ -290,29 +292,49 @@ class Planner {
                     "the statistics have nothing for any tensor that is merged");
   }
 
+  // --- passes over data ------------------------------------------------------------------------
+
+  static absl::Status RecipeAt(TextPosition at, absl::string_view message) {
+    return absl::InvalidArgumentError(absl::StrCat(at.ToString(), ": ", message));
+  }
+
+  absl::StatusOr<ForwardModel> ModelToRun(int model) const {
+    return MakeForwardModel(plan_.models[model].checkpoint);
+  }
+
+  static absl::StatusOr<std::shared_ptr<const ForwardData>> OpenData(const ModelRef& file) {
+    auto data = ForwardData::Open(file.path);
+    if (!data.ok()) return Annotate(data.status(), file.at.ToString());
+    return data;
+  }
+
+  // Of passes that are opened to see whether they can be run.
+  absl::StatusOr<ForwardOptions> PassOptions() {
+    if (backend_ == nullptr) {
+      ASSIGN_OR_RETURN(backend_, kernels::OpenBackend({}, /*threads=*/1));
+    }
+    return ForwardOptions{.backend = backend_.get(), .memory_bytes = plan_.options.memory_bytes};
+  }
+
   // --- evaluation ------------------------------------------------------------------------------
 
   absl::Status PlanEvaluation() {
     if (!recipe_.evaluation) return absl::OkStatus();
     const RecipeEvaluation& asked = *recipe_.evaluation;
     auto evaluation = std::make_shared<EvaluationPlan>();
-    ASSIGN_OR_RETURN(ForwardModel first, MakeForwardModel(plan_.models[0].checkpoint));
+    ASSIGN_OR_RETURN(ForwardModel first, ModelToRun(0));
     const auto metric = asked.metric.empty() ? DefaultMetric(first) : ParseMetric(asked.metric);
     if (!metric.ok()) {
       return Annotate(metric.status(),
                       (asked.metric.empty() ? asked.at : asked.metric_at).ToString());
     }
     evaluation->metric = *metric;
-    auto data = ForwardData::Open(asked.data.path);
-    if (!data.ok()) return Annotate(data.status(), asked.data.at.ToString());
-    evaluation->data = *std::move(data);
+    ASSIGN_OR_RETURN(evaluation->data, OpenData(asked.data));
     evaluation->points = static_cast<int>(asked.barrier_points);
     if (evaluation->points > 0) {
       RETURN_IF_ERROR(Annotate(AddPairs(first, *evaluation), asked.at.ToString()));
     }
-    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
-    const ForwardOptions options{.backend = backend.get(),
-                                 .memory_bytes = plan_.options.memory_bytes};
+    ASSIGN_OR_RETURN(const ForwardOptions options, PassOptions());
     RETURN_IF_ERROR(Annotate(CheckEvaluation(first, evaluation->data, evaluation->metric, options),
                              asked.at.ToString()));
     RETURN_IF_ERROR(Annotate(CheckCurves(*evaluation, options), asked.at.ToString()));
@@ -326,8 +348,8 @@ class Planner {
     for (const PlanAlignment& alignment : plan_.alignments) {
       const auto& checkpoint = plan_.models[alignment.model].checkpoint;
       ModelPair& pair = evaluation.pairs.emplace_back();
-      ASSIGN_OR_RETURN(pair.a, MakeForwardModel(plan_.models[alignment.reference].checkpoint));
-      ASSIGN_OR_RETURN(ForwardModel plain, MakeForwardModel(checkpoint));
+      ASSIGN_OR_RETURN(pair.a, ModelToRun(alignment.reference));
+      ASSIGN_OR_RETURN(ForwardModel plain, ModelToRun(alignment.model));
       ASSIGN_OR_RETURN(ForwardModel aligned,
                        AlignedModel(alignment.symmetry, checkpoint, alignment.slot));
       pair.views = {{"not aligned", std::move(plain)}, {"aligned", std::move(aligned)}};
@@ -336,7 +358,7 @@ class Planner {
     for (int i = 1; i < input_models_; ++i) {
       const bool base = recipe_.base_model && i == ModelIndex(*recipe_.base_model);
       if (base && input_models_ > 2) continue;
-      ASSIGN_OR_RETURN(ForwardModel other, MakeForwardModel(plan_.models[i].checkpoint));
+      ASSIGN_OR_RETURN(ForwardModel other, ModelToRun(i));
       evaluation.pairs.push_back({.a = first, .views = {{"not aligned", std::move(other)}}});
     }
     if (!evaluation.pairs.empty()) return absl::OkStatus();
@@ -402,58 +424,118 @@ class Planner {
     auto made = Symmetry::Make(**architecture, models);
     if (!made.ok()) return Annotate(made.status(), align.at.ToString());
     const auto symmetry = std::make_shared<const Symmetry>(*std::move(made));
-    std::shared_ptr<const ForwardData> data;
+    AlignerInputs inputs{.memory_bytes = plan_.options.memory_bytes};
     if (align.calibration) {
-      auto opened = ForwardData::Open(align.calibration->path);
-      if (!opened.ok()) return Annotate(opened.status(), align.calibration->at.ToString());
-      data = *std::move(opened);
-      RETURN_IF_ERROR(Annotate(CheckReadable(models, data), align.calibration->at.ToString()));
+      ASSIGN_OR_RETURN(inputs.calibration, OpenData(*align.calibration));
+      const std::string at = align.calibration->at.ToString();
+      auto sites = SitesOf(models, inputs.calibration);
+      if (!sites.ok()) return Annotate(sites.status(), at);
+      calibration_sites_ = *std::move(sites);
     }
+    if (align.objective) {
+      ASSIGN_OR_RETURN(inputs.objective, OpenData(*align.objective));
+      for (const int model : moved) {
+        RETURN_IF_ERROR(CheckRuns(model, *align.objective, inputs.objective));
+      }
+    }
+    if (method_->fits_layers) {
+      ASSIGN_OR_RETURN(const ResolvedParams params,
+                       TensorParameters(*method_, {.recipe = &recipe_.parameters}, ""));
+      inputs.fit = RidgeOf(params.values);
+      RETURN_IF_ERROR(CheckFit(align, reference, moved));
+    }
+    const auto calibration = inputs.calibration;
     ASSIGN_OR_RETURN(const std::shared_ptr<const Aligner> aligner,
-                     MakeAligner(align, *symmetry, data, plan_.options.memory_bytes));
+                     MakeAligner(align, *symmetry, std::move(inputs)));
+    if (const std::string caveat = aligner->caveat(); !caveat.empty()) {
+      plan_.warnings.push_back(
+          absl::StrCat(align.mapped_at.value_or(align.at).ToString(), ": ", caveat));
+    }
+    std::vector<int64_t> map_widths;
+    for (const SymmetryGroup& group : symmetry->groups()) {
+      map_widths.push_back(aligner->MapWidth(*symmetry, group));
+    }
     for (size_t i = 0; i < moved.size(); ++i) {
       plan_.alignments.push_back(
           {.model = moved[i],
            .reference = reference,
            .symmetry = symmetry,
            .aligner = aligner,
-           .slot = std::make_shared<AlignmentSlot>(),
+           .slot = std::make_shared<AlignmentSlot>(map_widths),
            .file = moved.size() == 1
                        ? "alignment.safetensors"
-                       : absl::StrCat("alignment-", i + 1, "-of-", moved.size(), ".safetensors")});
+                       : absl::StrCat("alignment-", i + 1, "-of-", moved.size(), ".safetensors"),
+           .statistics = method_->fits_layers ? calibration : nullptr});
     }
     return align.verify ? VerifyAlignments(*align.verify) : absl::OkStatus();
   }
 
-  // That the models can be run on the data together.
-  absl::Status CheckReadable(absl::Span<const std::shared_ptr<const Checkpoint>> checkpoints,
-                             std::shared_ptr<const ForwardData> data) const {
+  // Of the models, which must be ones that can be run on the data together.
+  absl::StatusOr<std::set<std::string>> SitesOf(
+      absl::Span<const std::shared_ptr<const Checkpoint>> checkpoints,
+      std::shared_ptr<const ForwardData> data) {
     std::vector<ForwardModel> models;
     for (const auto& checkpoint : checkpoints) {
       ASSIGN_OR_RETURN(models.emplace_back(), MakeForwardModel(checkpoint));
     }
-    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
-    return ForwardPass::Open(models, std::move(data),
-                             {.backend = backend.get(), .memory_bytes = plan_.options.memory_bytes})
-        .status();
+    ASSIGN_OR_RETURN(const ForwardOptions options, PassOptions());
+    ASSIGN_OR_RETURN(const auto pass, ForwardPass::Open(models, std::move(data), options));
+    std::set<std::string> sites;
+    for (int64_t stage = 0; stage < pass->stages(); ++stage) {
+      for (const Site& site : pass->SitesOf(stage)) sites.insert(site.name);
+    }
+    return sites;
   }
 
-  // That the models can be run on the data.
+  // That a model can be evaluated on data that has been opened.
+  absl::Status CheckRuns(int index, const ModelRef& file,
+                         const std::shared_ptr<const ForwardData>& data) {
+    ASSIGN_OR_RETURN(const ForwardModel model, ModelToRun(index));
+    const auto metric = DefaultMetric(model);
+    if (!metric.ok()) return Annotate(metric.status(), file.at.ToString());
+    ASSIGN_OR_RETURN(const ForwardOptions options, PassOptions());
+    return Annotate(CheckEvaluation(model, data, *metric, options), file.at.ToString());
+  }
+
   absl::Status VerifyAlignments(const ModelRef& file) {
-    const auto data = ForwardData::Open(file.path);
-    if (!data.ok()) return Annotate(data.status(), file.at.ToString());
-    ASSIGN_OR_RETURN(const auto backend, kernels::OpenBackend({}, /*threads=*/1));
+    ASSIGN_OR_RETURN(const auto data, OpenData(file));
     for (PlanAlignment& alignment : plan_.alignments) {
-      ASSIGN_OR_RETURN(const ForwardModel model,
-                       MakeForwardModel(plan_.models[alignment.model].checkpoint));
-      const auto metric = DefaultMetric(model);
-      if (!metric.ok()) return Annotate(metric.status(), file.at.ToString());
-      RETURN_IF_ERROR(Annotate(
-          CheckEvaluation(model, *data, *metric,
-                          {.backend = backend.get(), .memory_bytes = plan_.options.memory_bytes}),
-          file.at.ToString()));
-      alignment.verify = *data;
+      RETURN_IF_ERROR(CheckRuns(alignment.model, file, data));
+      alignment.verify = data;
     }
+    return absl::OkStatus();
+  }
+
+  // --- layers that are fitted ------------------------------------------------------------------
+
+  // That one model is aligned with the other one that is merged, by data.
+  absl::Status CheckFit(const RecipeAlign& align, int reference,
+                        const std::vector<int>& moved) const {
+    if (!align.calibration) {
+      return RecipeAt(align.at, absl::StrCat(method_->name,
+                                             " fits layers to what both models do with data: "
+                                             "`align` needs `calibration: FILE`"));
+    }
+    if (moved.size() == 1 && reference < input_models_) return absl::OkStatus();
+    return RecipeAt(align.reference.at,
+                    absl::StrCat(method_->name,
+                                 " merges two models, one of which is the reference "
+                                 "of `align`"));
+  }
+
+  absl::Status FitLayers() {
+    if (!method_->fits_layers) return absl::OkStatus();
+    if (plan_.alignments.empty()) {
+      return RecipeAt(recipe_.merge_method_at,
+                      absl::StrCat(method_->name,
+                                   " merges aligned models: it needs `align: {reference: MODEL, "
+                                   "calibration: FILE}`; `groups: []` there leaves every feature "
+                                   "where it is"));
+    }
+    const PlanAlignment& alignment = plan_.alignments[0];
+    auto fitted = FitPlannedLayers({.alignment = alignment, .sites = calibration_sites_}, plan_);
+    if (!fitted.ok()) return Annotate(fitted.status(), recipe_.merge_method_at.ToString());
+    config_widths_ = *std::move(fitted);
     return absl::OkStatus();
   }
 
@@ -538,10 +620,6 @@ class Planner {
   }
 
   // --- slices ----------------------------------------------------------------------------------
-
-  static absl::Status RecipeAt(TextPosition at, absl::string_view message) {
-    return absl::InvalidArgumentError(absl::StrCat(at.ToString(), ": ", message));
-  }
 
   absl::Status PlanModules() {
     const auto& modules = architecture_->modules();
@@ -1304,6 +1382,7 @@ class Planner {
       ConfigChanges changes{.modules = layers_};
       changes.dtype = OutputDType();
       changes.vocabulary_rows = cut_rows_;
+      changes.widths = config_widths_;
       if (alignment_) {
         changes.vocabulary_rows = alignment_->rows();
         changes.token_ids = &alignment_->ids();
@@ -1359,8 +1438,11 @@ class Planner {
     int model;  // index into plan_.models
     StatisticsFile file;
   };
-  std::map<int, Statistics> statistics_;  // by model
-  std::optional<int64_t> cut_rows_;       // of vocabulary tensors that were cut to a common size
+  std::map<int, Statistics> statistics_;       // by model
+  std::unique_ptr<kernels::Backend> backend_;  // of PassOptions
+  std::set<std::string> calibration_sites_;    // what the data of `align` shows of the models
+  std::map<std::string, int64_t> config_widths_;
+  std::optional<int64_t> cut_rows_;  // of vocabulary tensors that were cut to a common size
   std::vector<ModuleLayers> layers_;
   absl::flat_hash_set<std::string> output_names_;
   absl::flat_hash_set<std::string> known_names_;  // what filters see

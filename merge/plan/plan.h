@@ -118,6 +118,8 @@ struct PlanAlignment {
   std::shared_ptr<const Aligner> aligner;
   std::shared_ptr<AlignmentSlot> slot;  // what the model's views wait for
   std::string file;                     // of the output, for the alignment
+  // Second moments of both models on this are found after the alignment; null: nobody needs them.
+  std::shared_ptr<const ForwardData> statistics;
   // The model must have the same loss before and after on this; null: nobody asked.
   std::shared_ptr<const ForwardData> verify;
 };
@@ -158,7 +160,7 @@ struct Plan {
   std::map<std::string, std::vector<std::string>>
       unused_tensors;                       // model -> tensors that no output reads
   std::vector<std::string> absent_tensors;  // optional ones that no model has
-  bool report = false;     // the manifest tells what tasks found
+  bool report = false;                      // the manifest tells what tasks found
   int64_t read_bytes = 0;                   // stored bytes that one pass over all inputs reads
   int64_t write_bytes = 0;
   int64_t peak_bytes = 0;   // estimate of anonymous memory, stages included

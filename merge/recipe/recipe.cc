@@ -34,11 +34,11 @@ class RecipeReader : private YamlReader {
 
   absl::Status Read(const YamlNode& root) {
     static constexpr Key kKeys[] = {
-        {"name"},          {"merge_method"},        {"models"},     {"slices"},
-        {"modules"},       {"base_model"},          {"dtype"},      {"out_dtype"},
-        {"parameters"},    {"tokenizer_source"},    {"tokenizer"},  {"chat_template"},
-        {"align"}, {"calibration", kLater}, {"statistics"}, {"evaluate"},
-        {"output"},        {"arithmetic", kLater},
+        {"name"},       {"merge_method"},        {"models"},     {"slices"},
+        {"modules"},    {"base_model"},          {"dtype"},      {"out_dtype"},
+        {"parameters"}, {"tokenizer_source"},    {"tokenizer"},  {"chat_template"},
+        {"align"},      {"calibration", kLater}, {"statistics"}, {"evaluate"},
+        {"output"},     {"arithmetic", kLater},
     };
     if (root.kind != Kind::kMapping) {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
@@ -310,8 +310,10 @@ class RecipeReader : private YamlReader {
   }
 
   absl::Status ReadAlign(const YamlNode& root) {
-    static constexpr Key kKeys[] = {{"reference"}, {"method"},      {"evidence"}, {"groups"},
-                                    {"heads"},     {"calibration"}, {"restarts"}, {"verify"}};
+    static constexpr Key kKeys[] = {{"reference"}, {"method"},      {"evidence"},   {"groups"},
+                                    {"heads"},     {"calibration"}, {"restarts"},   {"verify"},
+                                    {"query_key"}, {"objective"},   {"last_stage"}, {"mapped"},
+                                    {"gamma"}};
     static constexpr std::pair<absl::string_view, RecipeAlign::Method> kMethods[] = {
         {"permutation", RecipeAlign::Method::kPermutation},
         {"staged", RecipeAlign::Method::kStaged},
@@ -322,12 +324,10 @@ class RecipeReader : private YamlReader {
     static constexpr std::pair<absl::string_view, RecipeAlign::Heads> kHeads[] = {
         {"permutation", RecipeAlign::Heads::kPermutation},
         {"orthogonal", RecipeAlign::Heads::kOrthogonal}};
-    static constexpr std::pair<absl::string_view, RecipeAlign::Group> kGroups[] = {
-        {"ffn", RecipeAlign::Group::kFfn},
-        {"heads", RecipeAlign::Group::kHeads},
-        {"residual", RecipeAlign::Group::kResidual},
-        {"pooler", RecipeAlign::Group::kPooler},
-        {"output_head", RecipeAlign::Group::kOutputHead}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::QueryKey> kQueryKeys[] = {
+        {"own", RecipeAlign::QueryKey::kOwn}, {"shared", RecipeAlign::QueryKey::kShared}};
+    static constexpr std::pair<absl::string_view, RecipeAlign::Stage> kStages[] = {
+        {"weights", RecipeAlign::Stage::kWeights}, {"residual", RecipeAlign::Stage::kResidual}};
     const YamlNode* align = root.Find("align");
     if (IsNull(align)) return absl::OkStatus();
     if (align->kind != Kind::kMapping) {
@@ -344,11 +344,20 @@ class RecipeReader : private YamlReader {
     result.evidence_at = place("evidence");
     result.heads_at = place("heads");
     result.groups_at = place("groups");
+    const auto given = [&](const char* key) -> std::optional<TextPosition> {
+      const YamlNode* node = align->Find(key);
+      return IsNull(node) ? std::nullopt : std::optional(node->at);
+    };
+    result.query_key_at = given("query_key");
+    result.last_stage_at = given("last_stage");
+    result.mapped_at = given("mapped");
+    result.gamma_at = given("gamma");
     const YamlNode* reference = align->Find("reference");
     if (IsNull(reference)) return RecipeError(align->at, "`align` has no `reference`");
     ASSIGN_OR_RETURN(result.reference, ReadModel(*reference, "`reference`"));
-    for (const auto& [key, file] : {std::pair{"calibration", &result.calibration},
-                                    std::pair{"verify", &result.verify}}) {
+    for (const auto& [key, file] :
+         {std::pair{"calibration", &result.calibration}, std::pair{"objective", &result.objective},
+          std::pair{"verify", &result.verify}}) {
       RETURN_IF_ERROR(ReadOptionalModel(*align, key, *file));
       if (*file && !(*file)->adapter.empty()) {
         return RecipeError((*file)->at,
@@ -359,6 +368,13 @@ class RecipeReader : private YamlReader {
     RETURN_IF_ERROR(ReadWord(align->Find("method"), "`method`", kMethods, result.method));
     RETURN_IF_ERROR(ReadWord(align->Find("evidence"), "`evidence`", kEvidence, result.evidence));
     RETURN_IF_ERROR(ReadWord(align->Find("heads"), "`heads`", kHeads, result.heads));
+    RETURN_IF_ERROR(
+        ReadWord(align->Find("query_key"), "`query_key`", kQueryKeys, result.query_key));
+    if (result.last_stage_at) {
+      RETURN_IF_ERROR(ReadWord(align->Find("last_stage"), "`last_stage`", kStages,
+                               result.last_stage.emplace()));
+    }
+    RETURN_IF_ERROR(ReadReal(align->Find("gamma"), "`gamma`", /*zero=*/true, result.gamma));
     if (const YamlNode* restarts = align->Find("restarts"); !IsNull(restarts)) {
       const auto number = YamlInt(*restarts);
       if (!number || *number < 1 || *number > kMaxRestarts) {
@@ -367,19 +383,32 @@ class RecipeReader : private YamlReader {
       }
       result.restarts = static_cast<int>(*number);
     }
-    ASSIGN_OR_RETURN(const YamlNode* groups, List(*align, "groups"));
-    if (groups == nullptr) {
-      result.groups = {RecipeAlign::Group::kFfn, RecipeAlign::Group::kHeads,
-                       RecipeAlign::Group::kResidual};
-      return absl::OkStatus();
-    }
+    result.groups = {RecipeAlign::Group::kFfn, RecipeAlign::Group::kHeads,
+                     RecipeAlign::Group::kResidual};
+    result.mapped = {RecipeAlign::Group::kHeads};
+    RETURN_IF_ERROR(ReadGroups(*align, "groups", result.groups));
+    return ReadGroups(*align, "mapped", result.mapped);
+  }
+
+  // Each once; `result` stays where the key is not there. An empty list is one.
+  absl::Status ReadGroups(const YamlNode& align, const char* key,
+                          std::vector<RecipeAlign::Group>& result) {
+    static constexpr std::pair<absl::string_view, RecipeAlign::Group> kGroups[] = {
+        {"ffn", RecipeAlign::Group::kFfn},
+        {"heads", RecipeAlign::Group::kHeads},
+        {"residual", RecipeAlign::Group::kResidual},
+        {"pooler", RecipeAlign::Group::kPooler},
+        {"output_head", RecipeAlign::Group::kOutputHead}};
+    if (IsNull(align.Find(key))) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const YamlNode* groups, List(align, key));
+    result.clear();
+    if (groups == nullptr) return absl::OkStatus();
+    const std::string entry = absl::StrCat("an entry of `", key, "`");
     for (const YamlNode* item : groups->items) {
       RecipeAlign::Group group{};
-      if (IsNull(item)) return Expected(*item, "an entry of `groups`", "a group's name");
-      RETURN_IF_ERROR(ReadWord(item, "an entry of `groups`", kGroups, group));
-      if (std::find(result.groups.begin(), result.groups.end(), group) == result.groups.end()) {
-        result.groups.push_back(group);
-      }
+      if (IsNull(item)) return Expected(*item, entry, "a group's name");
+      RETURN_IF_ERROR(ReadWord(item, entry, kGroups, group));
+      if (std::find(result.begin(), result.end(), group) == result.end()) result.push_back(group);
     }
     return absl::OkStatus();
   }

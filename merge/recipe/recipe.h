@@ -171,6 +171,8 @@ struct RecipeAlign {
   enum class Method { kPermutation, kStaged, kCca };
   enum class Evidence { kActivations, kWeights };
   enum class Heads { kPermutation, kOrthogonal };
+  enum class QueryKey { kOwn, kShared };
+  enum class Stage { kWeights, kResidual };
   enum class Group { kFfn, kHeads, kResidual, kPooler, kOutputHead };
 
   ModelRef reference;  // need not be merged
@@ -178,10 +180,17 @@ struct RecipeAlign {
   Evidence evidence = Evidence::kWeights;  // kActivations where `calibration` is given
   std::vector<Group> groups;               // that may move; each once
   Heads heads = Heads::kPermutation;
+  QueryKey query_key = QueryKey::kOwn;  // whose order queries and keys have inside heads
+  std::optional<Stage> last_stage;      // of kStaged; absent: the last that `heads` allows
+  std::vector<Group> mapped;            // of kCca: mapped linearly, not reordered; each once
+  double gamma = 0.1;                   // of kCca: added to the features' variances
   std::optional<ModelRef> calibration;  // a file
+  std::optional<ModelRef> objective;    // a file: stages are compared by the loss on it
   std::optional<ModelRef> verify;       // a file: aligned models must have their loss on it
   int restarts = 1;                     // ways through the groups, of which the best counts
   TextPosition at, method_at, evidence_at, groups_at, heads_at;
+  // Of keys that mean something for some methods alone; absent where they are not given.
+  std::optional<TextPosition> query_key_at, last_stage_at, mapped_at, gamma_at;
 };
 
 // What the output is.

@@ -29,6 +29,7 @@ std::vector<ModelRef> ModelsOfDocument(const Recipe& recipe) {
   if (recipe.align.has_value()) {
     add(recipe.align->reference);
     add(recipe.align->calibration);
+    add(recipe.align->objective);
     add(recipe.align->verify);
   }
   return refs;

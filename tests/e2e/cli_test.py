@@ -600,7 +600,10 @@ def test_methods(cli):
 
 def write_models_of(cli, recipe):
     """The models that an example recipe names, as tiny fine-tunes of one base."""
-    for i, name in enumerate(sorted(set(re.findall(r"\./[\w-]+", recipe)))):
+    if "./tokens.safetensors" in recipe:
+        ids = np.random.default_rng(2).integers(0, CONFIG["vocab_size"], (16, 16))
+        write_safetensors(cli.folder / "tokens.safetensors", {"input_ids": ids.astype(np.int64)})
+    for i, name in enumerate(sorted(set(re.findall(r"\./[\w-]+\b(?!\.safetensors)", recipe)))):
         tensors = write_llama(cli.folder / name, seed=30 + i)
         if f"{name}.statistics.safetensors" in recipe:
             write_statistics(cli.folder / f"{name}.statistics.safetensors", tensors)

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
@@ -284,6 +285,55 @@ TEST_F(AlignMergeTest, IsVerifiedOnData) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("has no adapter")));
 }
 
+TEST_F(AlignMergeTest, LinearMapsOfHeadsKeepTheFunctionAndOthersSaySo) {
+  const AlignmentGolden& golden = Golden("bert_mlm");
+  const std::string data = folder_ / "data.safetensors";
+  WriteTokens(data);
+  // Two models, both to the reference.
+  fs::copy(golden.folder + "/b", folder_ / "c", fs::copy_options::recursive);
+  const auto recipe = [&](absl::string_view more) {
+    return absl::StrCat(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: ", golden.folder,
+        "/a}, {model: ", golden.folder, "/b}, {model: ", folder_ / "c",
+        "}]\nalign: {reference: ", golden.folder,
+        "/a, method: cca, gamma: 0.001, calibration: ", data, ", verify: ", data, more, "}\n");
+  };
+  for (const bool exact : {true, false}) {
+    SCOPED_TRACE(exact);
+    const auto plan = MakePlanOf(recipe(exact ? "" : ", mapped: [heads, ffn, residual]"));
+    ASSERT_THAT(plan, IsOk());
+    ASSERT_EQ(plan->alignments.size(), 2u);
+    const std::string out = folder_ / absl::StrCat("out", exact);
+    const auto manifest = RunPlan(*plan, {.output = out});
+    ASSERT_THAT(manifest, IsOk());
+    const bool warned = absl::c_any_of(plan->warnings, [](const std::string& warning) {
+      return absl::StartsWith(warning, "recipe:4:") &&
+             absl::StrContains(warning, "do not compute what they did");
+    });
+    EXPECT_EQ(warned, !exact);
+    const json written = json::parse(manifest->json);
+    for (const json& one : written.at("alignments")) {
+      EXPECT_EQ(one.at("keeps_function"), exact);
+      const json& verified = one.at("report").at("verified");
+      EXPECT_EQ(verified.at("keeps_function"), exact);
+      const double loss = verified.at("loss"), aligned = verified.at("loss_aligned");
+      if (exact) {
+        EXPECT_NEAR(aligned, loss, 1e-4 * loss);
+      } else {
+        EXPECT_GT(std::abs(aligned - loss), 1e-3 * loss);
+      }
+      const auto file = ReadAlignment(**OpenStore(out), one.at("file").get<std::string>());
+      ASSERT_THAT(file, IsOk());
+      EXPECT_EQ(file->keeps_function(), exact);
+      EXPECT_EQ(absl::c_linear_search(file->inexact, "ff.0"), !exact);
+      EXPECT_EQ(absl::c_linear_search(file->inexact, "res"), !exact);
+      EXPECT_EQ(file->groups.at("vo.0").transform.blocks, 4);
+      EXPECT_EQ(file->groups.at("ff.0").transform.blocks, exact ? 0 : 1);
+      EXPECT_EQ(file->groups.at("ff.0").permutation.empty(), !exact);
+    }
+  }
+}
+
 TEST_F(AlignMergeTest, CurvesAreOfBothWays) {
   const AlignmentGolden& golden = Golden("bert_mlm");
   const std::string data = folder_ / "data.safetensors";
@@ -310,6 +360,68 @@ TEST_F(AlignMergeTest, CurvesAreOfBothWays) {
   EXPECT_NEAR(loss(plain, 4), loss(aligned, 4), 1e-4);
   EXPECT_LT(std::abs(loss(aligned, 2) - loss(aligned, 0)), 0.1);
   EXPECT_GT(std::abs(loss(plain, 2) - loss(plain, 0)), 0.1);
+}
+
+// One model and its own reordered copy: whatever stays apart, the merge computes what they do.
+TEST_F(AlignMergeTest, FittedLayersAndUnitsApartKeepAModelMergedWithItself) {
+  for (const char* name : {"bert_mlm", "gpt2", "llama_gqa"}) {
+    const AlignmentGolden& golden = Golden(name);
+    const std::string width_key = name == std::string("gpt2") ? "n_inner" : "intermediate_size";
+    for (const double budget : {1.0, 1.2, 4.0}) {
+      SCOPED_TRACE(absl::StrCat(name, ", budget ", budget));
+      const auto recipe = absl::StrCat(
+          "merge_method: pleas\nmodels: [{model: ", golden.folder, "/b}, {model: ", golden.folder,
+          "/a}]\nparameters: {budget: ", budget, "}\nalign: {reference: ", golden.folder,
+          "/a, calibration: ", golden.folder, "/io.safetensors}\nevaluate: {data: ", golden.folder,
+          "/io.safetensors, metric: clm_loss, barrier_points: 3}\n");
+      const std::string text =
+          name == std::string("bert_mlm")
+              ? absl::StrReplaceAll(
+                    recipe, {{absl::StrCat("evaluate: {data: ", golden.folder,
+                                           "/io.safetensors, metric: clm_loss"),
+                              absl::StrCat("evaluate: {data: ", folder_ / "data.safetensors")}})
+              : recipe;
+      WriteTokens(folder_ / "data.safetensors");
+      const std::string out = folder_ / "out";
+      const auto manifest = Merge(text, {.output = out, .mode = OutputMode::kOverwrite});
+      ASSERT_THAT(manifest, IsOk());
+      const json report = json::parse(ReadFile(out + "/evaluation.json"));
+      const double of_a = report.at("lines").at(0).at("curves").at(0).at("points").at(2).at("loss");
+      EXPECT_NEAR(report.at("loss"), of_a, 0.01 * of_a);
+      const auto tensors = ReadTensors(out + "/model.safetensors");
+      EXPECT_EQ(json::parse(manifest->json).at("tensors"), tensors.size());
+      const json config = json::parse(ReadFile(out + "/config.json"));
+      const int64_t own = golden.symmetry.groups()[golden.symmetry.FindGroup("ff.0")].width;
+      const int64_t width = budget == 1 ? own : config.at(width_key).get<int64_t>();
+      EXPECT_TRUE(budget == 1 ? width == own : width > own);
+      if (budget == 4) {
+        EXPECT_EQ(width, 2 * own);
+      }
+      for (const SymmetricTensor& tensor : golden.symmetry.tensors()) {
+        const auto found = tensors.find(tensor.tensor.name);
+        if (found == tensors.end()) continue;
+        for (size_t axis = 0; axis < tensor.axes.size(); ++axis) {
+          const bool units =
+              tensor.axes[axis].size() == 1 &&
+              golden.symmetry.groups()[tensor.axes[axis][0].group].kind == GroupKind::kFfn;
+          if (units) {
+            EXPECT_EQ(found->second.shape[static_cast<int>(axis)], width) << found->first;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(AlignMergeTest, ABudgetNeedsFittedFeedForwardBlocks) {
+  const AlignmentGolden& golden = Golden("t5");
+  const auto plan = MakePlanOf(absl::StrCat(
+      "merge_method: pleas\nmodels: [{model: ", golden.folder, "/b}, {model: ", golden.folder,
+      "/a}]\nparameters: {budget: 1.2}\nalign: {reference: ", golden.folder,
+      "/a, calibration: ", golden.folder, "/io.safetensors}\n"));
+  EXPECT_THAT(plan, StatusIs(absl::StatusCode::kFailedPrecondition,
+                             AllOf(HasSubstr("recipe:1:15: "), HasSubstr("decoder.block.0"),
+                                   HasSubstr("only 1 is possible"))));
 }
 
 TEST_F(AlignMergeTest, NeedsItsMemory) {
@@ -380,12 +492,45 @@ TEST_F(AlignRefusedTest, WhatNeedsDataIsNamed) {
     Refused(With(absl::StrCat("reference: ./llama_a, ", align)), absl::StatusCode::kInvalidArgument,
             AllOf(HasSubstr(at), HasSubstr(what)));
   };
-  refused("method: cca", "recipe:4:39", "`method: cca` is not supported");
+  refused("method: cca", "recipe:4:39", "`calibration: FILE`");
   refused("method: staged", "recipe:4:39", "`calibration: FILE`");
   refused("heads: orthogonal", "recipe:4:38", "`calibration: FILE`");
   refused("evidence: activations", "recipe:4:41", "`calibration: FILE`");
   Refused(With("reference: ./llama_a, calibration: x.safetensors"), absl::StatusCode::kNotFound,
           AllOf(HasSubstr("recipe:4:44"), HasSubstr("x.safetensors")));
+}
+
+TEST_F(AlignRefusedTest, KeysThatDoNotFitTogether) {
+  const auto refused = [&](absl::string_view align, absl::string_view what) {
+    Refused(With(absl::StrCat("reference: ./llama_a, ", align)), absl::StatusCode::kInvalidArgument,
+            AllOf(HasSubstr("recipe:4:"), HasSubstr(what)));
+  };
+  refused("query_key: shared", "rotary positions fix the order");
+  refused("query_key: shared, method: staged", "is for `method: permutation`");
+  refused("query_key: other", "one of own, shared");
+  refused("last_stage: weights", "is for `method: staged` alone");
+  refused("last_stage: weights, method: staged, heads: orthogonal", "leave one out");
+  refused("last_stage: last", "one of weights, residual");
+  refused("gamma: 0.5", "`gamma` is for `method: cca` alone");
+  refused("gamma: -1, method: cca", "not negative");
+  refused("mapped: [ffn]", "`mapped` is for `method: cca` alone");
+  refused("method: cca, heads: orthogonal", "leave one out");
+  refused("method: cca, groups: [ffn]", "group `heads` is mapped");
+  refused("method: cca, mapped: []", "without a group that is mapped");
+  refused("method: cca, mapped: [pooler]", "reordered, not mapped");
+  Refused(With("reference: ./llama_a, objective: x.safetensors"), absl::StatusCode::kNotFound,
+          HasSubstr("recipe:4:"));
+}
+
+TEST_F(AlignRefusedTest, LayersAreFittedToModelsThatAreAlignedByData) {
+  const auto refused = [&](absl::string_view align, absl::string_view what) {
+    Refused(absl::StrCat("merge_method: pleas\nmodels: [{model: ./llama_a}, {model: ./llama_b}]\n",
+                         align),
+            absl::StatusCode::kInvalidArgument, AllOf(HasSubstr("recipe:"), HasSubstr(what)));
+  };
+  refused("", "it needs `align: {reference: MODEL, calibration: FILE}`");
+  refused("align: {reference: ./llama_a}\n", "`align` needs `calibration: FILE`");
+  refused("parameters: {budget: 0.5}\n", "budget");
 }
 
 TEST_F(AlignRefusedTest, GroupsThatTheModelsDoNotHave) {

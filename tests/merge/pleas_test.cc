@@ -127,6 +127,18 @@ TEST_F(PleasTest, LayersAreTheReferences) {
   }
 }
 
+TEST(PartialMatchTest, TheLeastSimilarStayApartWhateverTies) {
+  const std::vector<int32_t> q = {3, 2, 1, 0};
+  const PartialMatch match = MatchAllBut(2, q, std::vector<double>{0.5, 0.1, 0.5, 0.5});
+  EXPECT_EQ(match.first, (std::vector<int32_t>{2, 3}));
+  EXPECT_EQ(match.second, (std::vector<int32_t>{1, 0}));
+  EXPECT_EQ(match.first_alone, (std::vector<int32_t>{0, 1}));
+  EXPECT_EQ(match.second_alone, (std::vector<int32_t>{3, 2}));
+  EXPECT_EQ(match.width(), 6);
+  EXPECT_EQ(MatchAllBut(0, q, std::vector<double>(4)).width(), 4);
+  EXPECT_EQ(MatchAllBut(4, q, std::vector<double>(4)).width(), 8);
+}
+
 TEST_F(PleasTest, OneModelMergedWithItselfIsItself) {
   const LinearLayer layer{Random(4, 6, 1), {1, 2, 3, 4}};
   const DenseMatrix x = Random(60, 6, 2);
@@ -206,6 +218,14 @@ TEST(PleasBudgetTest, RatiosAreAtLeastAsGoodAsTheReferences) {
     // And no better than one step of the grid allows.
     EXPECT_LE(worth, want["objective"].get<double>() + 0.05);
   }
+}
+
+TEST(PleasBudgetTest, LayersOfFixedWidthCostWhatTheyCost) {
+  const BudgetProblem problem{.sizes = {10}, .weights = {1}, .terms = {{60, {}}, {4, {0}}}};
+  EXPECT_DOUBLE_EQ(BudgetCost(problem, std::vector<double>{0.5}), 120);
+  const auto ratios = SolveBudget(problem, 1.2);
+  ASSERT_THAT(ratios, IsOk());
+  EXPECT_NEAR((*ratios)[0], 0.5, 1e-12);
 }
 
 TEST(PleasBudgetTest, LayersBetweenManyGroupsAreRefused) {

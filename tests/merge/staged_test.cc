@@ -22,9 +22,11 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/backends.h"
 #include "merge/align/aligned_model.h"
+#include "merge/align/canonical_alignment.h"
 #include "merge/align/data_aligner.h"
 #include "merge/align/least_squares.h"
 #include "merge/checkpoint/architecture.h"
+#include "merge/checkpoint/held_source.h"
 #include "merge/forward/collect.h"
 #include "merge/forward/evaluate.h"
 #include "merge/forward/interpolation.h"
@@ -166,7 +168,7 @@ TEST(DataAlignerTest, FindsPlantedOrdersAndTellsOfThem) {
     SCOPED_TRACE(staged);
     const auto aligner =
         MakeDataAligner({.data = *data, .staged = staged, .orthogonal = staged, .kinds = kinds});
-    AlignerRun run{pair.symmetry(), pair.a(), pair.b(), pair.backend()};
+    AlignerRun run{pair.symmetry(), pair.a(), pair.b(), pair.backend(), pair.backend()};
     EXPECT_FALSE(aligner->Align(run).ok());  // nowhere to keep the statistics
     run.store = std::make_shared<FileStore>(pair.folder_.path());
     const auto found = aligner->Align(run);
@@ -186,6 +188,75 @@ TEST(DataAlignerTest, FindsPlantedOrdersAndTellsOfThem) {
     EXPECT_LT(report["stages"][5]["objective"].get<double>(),
               0.1 * report["stages"][0]["objective"].get<double>());
     EXPECT_NE(report["residual_order"], "none");
+  }
+}
+
+// A model whose heads have been mapped by matrices that no order is, put in order again.
+TEST(CanonicalMapsTest, MapsOfHeadsAreUndone) {
+  const fs::path folder = Shared() / "goldens/alignment/bert_mlm";
+  if (!fs::exists(folder / "perms.json")) GTEST_SKIP() << "no references";
+  const Pair same(folder / "a", folder / "a");
+  const Symmetry& symmetry = same.symmetry();
+  // x' = D (I + N) x with N nilpotent: (I + N)^-1 = I - N.
+  Alignment planted = {.family = symmetry.family()};
+  for (const Attention& attention : symmetry.attentions()) {
+    for (const int group : {attention.query, attention.value}) {
+      const int64_t dim = attention.head_dim;
+      BlockTransform& maps = planted.groups[symmetry.groups()[group].name].transform;
+      maps = {.blocks = attention.heads, .dim = dim};
+      for (int64_t h = 0; h < attention.heads; ++h) {
+        const auto scale = [&](int64_t i) { return 1 + 0.1 * static_cast<double>(i + h); };
+        const auto mixed = [&](int64_t i, int64_t j) { return i < dim / 2 && j == i + dim / 2; };
+        for (int64_t i = 0; i < dim; ++i) {
+          for (int64_t j = 0; j < dim; ++j) {
+            const double n = mixed(i, j) ? 0.7 : 0;
+            maps.forward.push_back(scale(i) * ((i == j ? 1 : 0) + n));
+            maps.inverse.push_back(((i == j ? 1 : 0) - n) / scale(j));
+          }
+        }
+      }
+    }
+  }
+  ASSERT_THAT(CheckAlignment(symmetry, planted), IsOk());
+  const TempFolder mapped;
+  fs::copy(folder / "a/config.json", mapped / "config.json");
+  std::vector<TinyTensor> tensors;
+  for (auto& [name, tensor] : ReadTensors(folder / "a")) {
+    const SymmetricTensor* const known = symmetry.Find(name);
+    if (known != nullptr) {
+      const auto view = AlignSource(symmetry, *known, planted, *same.a().OpenTensor(name, 0));
+      ASSERT_THAT(view, IsOk());
+      tensor.values = *ReadDoubles(**view);
+    }
+    tensors.push_back(tensor);
+  }
+  WriteSafetensors(mapped / "model.safetensors", tensors);
+
+  Pair pair(folder / "a", std::string(mapped.path()));
+  pair.Collect((folder / "io.safetensors").string());
+  if (::testing::Test::HasFatalFailure()) return;
+  Alignment found = {.family = symmetry.family()};
+  std::map<std::string, double> correlations;
+  ASSERT_THAT(AddCanonicalMaps(pair.symmetry(), pair.moments(), {.gamma = 1e-9},
+                               **pair.backend().linear_algebra(), found, correlations),
+              IsOk());
+  EXPECT_TRUE(found.keeps_function());
+  for (const auto& [group, mean] : correlations) EXPECT_GT(mean, 0.999) << group;
+  for (const char* name : {"bert.encoder.layer.0.attention.self.query.weight",
+                           "bert.encoder.layer.0.attention.self.key.weight",
+                           "bert.encoder.layer.1.attention.self.value.weight",
+                           "bert.encoder.layer.1.attention.output.dense.weight"}) {
+    const auto view = AlignSource(pair.symmetry(), *pair.symmetry().Find(name), found,
+                                  *pair.b().OpenTensor(name, 0));
+    ASSERT_THAT(view, IsOk());
+    const std::vector<double> got = *ReadDoubles(**view),
+                              want = ReadTensors(folder / "a").at(name).values;
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+      error += (got[i] - want[i]) * (got[i] - want[i]);
+      norm += want[i] * want[i];
+    }
+    EXPECT_LT(std::sqrt(error / norm), 1e-3) << name;
   }
 }
 
@@ -253,46 +324,17 @@ TEST_F(StagedTest, EveryStageBringsTheModelsNearer) {
   EXPECT_LE(barrier["orthogonal"], 1.541);
 }
 
-// A tensor in memory.
-class HeldSource final : public TensorSource {
- public:
-  HeldSource(std::string name, Shape shape, std::vector<double> values)
-      : name_(std::move(name)), shape_(shape), values_(std::move(values)) {}
-  DType dtype() const override { return DType::kF64; }
-  const Shape& shape() const override { return shape_; }
-  const std::string& name() const override { return name_; }
-  absl::Status Read(int64_t first, int64_t count, absl::Span<std::byte> out,
-                    ReadObserver*) const override {
-    std::memcpy(out.data(), values_.data() + first, count * sizeof(double));
-    return absl::OkStatus();
-  }
-
- private:
-  const std::string name_;
-  const Shape shape_;
-  const std::vector<double> values_;
-};
-
 double Pair::FittedLoss(const Alignment& alignment, const Ridge& ridge, const std::string& data) {
-  ForwardModel model = Between(alignment, 0.5);
-  auto fitted =
-      std::make_shared<std::map<std::string, std::shared_ptr<const TensorSource>, std::less<>>>();
-  EXPECT_THAT(FitLinearLayers(*symmetry_, a(), b(), alignment, moments(), 1, ridge,
-                              **backend_->linear_algebra(),
-                              [&](absl::string_view name, const std::vector<double>& values) {
-                                const std::string text(name);
-                                (*fitted)[text] = std::make_shared<const HeldSource>(
-                                    text, a().Find(name)->shape, values);
-                                return absl::OkStatus();
-                              }),
-              IsOk());
-  EXPECT_EQ(fitted->size(), 2u * (3 * 6 + 1));
-  model.tensors =
-      [fitted, mean = model.tensors](
-          absl::string_view name) -> absl::StatusOr<std::shared_ptr<const TensorSource>> {
-    const auto found = fitted->find(name);
-    return found == fitted->end() ? mean(name) : found->second;
-  };
+  const MomentsLookup moments = this->moments();
+  const auto fitted = FitHalfWay({.symmetry = *symmetry_,
+                                  .reference = a(),
+                                  .model = b(),
+                                  .alignment = alignment,
+                                  .moments = moments,
+                                  .ridge = ridge,
+                                  .algebra = **backend_->linear_algebra()});
+  EXPECT_THAT(fitted, IsOk());
+  const ForwardModel model = *fitted;
   const auto opened = ForwardData::Open(data);
   EXPECT_THAT(opened, IsOk());
   const auto evaluation = Evaluate(model, *opened, Metric::kMlmLoss, {.backend = backend_.get()});
