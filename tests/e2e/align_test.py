@@ -91,7 +91,7 @@ def test_a_merge_is_one_of_aligned_models(models, tmp_path):
 
 def test_what_is_refused(models, tmp_path):
     done = run("align", tmp_path / "a", tmp_path / "b", tmp_path / "out", "--method", "cca")
-    assert done.returncode == USAGE and "`method: cca` is not supported" in done.stderr
+    assert done.returncode == USAGE and "`method: cca` needs data" in done.stderr
     done = run("align", tmp_path / "a", tmp_path / "b", tmp_path / "out", "--groups", "ffn,tails")
     assert done.returncode == USAGE and "one of ffn, heads, residual" in done.stderr
     config = json.loads((tmp_path / "b/config.json").read_text())
