@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
+#include "base/reason.h"
 #include "merge/recipe/referenced_models.h"
 #include "server/errors.h"
 
@@ -255,6 +256,7 @@ v1::JobError ToJobError(const absl::Status& status) {
   v1::JobError error;
   error.set_code(status.raw_code());
   std::string reason = ReasonOf(status);
+  if (reason.empty()) reason = AttachedReason(status);
   error.set_reason(reason.empty() ? std::string(ReasonForCode(status.code())) : reason);
   error.set_message(std::string(status.message()));
   return error;

@@ -162,6 +162,7 @@ absl::Status Serve(const ServeOptions& options) {
                                      .workers = options.workers,
                                      .lease = lease,
                                      .look = std::min(absl::Seconds(5), lease / 3),
+                                     .start_limit = 4 * lease,
                                      .access = access});
   Planner planner(kMaxPlans, access);
   MergeServiceImpl merge_service(&jobs, &planner);

@@ -19,6 +19,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "base/reason.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "store/object_key.h"
@@ -42,6 +43,7 @@ absl::Status ErrnoStatus(int error, absl::string_view action, absl::string_view 
       return absl::PermissionDeniedError(message);
     case ENOSPC:
     case EDQUOT:
+      return WithReason(absl::ResourceExhaustedError(message), kDiskFull);
     case EFBIG:
     case EMFILE:
     case ENFILE:
@@ -296,9 +298,10 @@ class FileStore::Writer final : public ObjectWriter {
                           " free)");
     }
     const int64_t written = file_.written();
-    return absl::ResourceExhaustedError(absl::StrCat("cannot write ", path_, ": ", reason, free,
-                                                     "; ", written, " bytes are written, at least ",
-                                                     appended_ - written, " more are needed"));
+    const absl::Status status = absl::ResourceExhaustedError(
+        absl::StrCat("cannot write ", path_, ": ", reason, free, "; ", written,
+                     " bytes are written, at least ", appended_ - written, " more are needed"));
+    return error == EFBIG ? status : WithReason(status, kDiskFull);
   }
 
   const std::string key_;

@@ -344,6 +344,29 @@ def test_cancel(server, slow, tmp_path):
     server.pewter("jobs", "get", job, code=3)
 
 
+def test_a_full_disk_is_named_and_its_shards_are_used_when_there_is_room(server, slow, expected, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a small disk needs privileges: {mounted.stderr}")
+    try:
+        out = disk / "out"
+        failed = server.wait(server.submit(slow, out, *SLOW_OPTIONS), "FAILED", "SUCCEEDED")
+        assert failed["error"]["reason"] == "DISK_FULL"
+        assert "disk is full" in failed["error"]["message"]
+        assert not (out / "pewter_manifest.json").exists()
+        assert not [file.name for file in out.iterdir() if file.name.endswith(".pewter-tmp")]
+        assert server.job(failed["id"])["attempt"] == 1
+        subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
+        done = server.wait(server.submit(slow, out, *SLOW_OPTIONS), "FAILED", "SUCCEEDED")
+        assert done["state"] == "JOB_STATE_SUCCEEDED", done["error"]
+        assert int(done["output"]["shards_reused"]) >= 2
+        assert weights(out) == expected
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_two_jobs_do_not_write_one_place(server, slow, tmp_path):
     out = tmp_path / "out"
     job = server.submit(slow, out, *SLOW_OPTIONS)

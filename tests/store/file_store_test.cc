@@ -12,6 +12,7 @@
 #include <filesystem>
 
 #include "absl/strings/match.h"
+#include "base/reason.h"
 #include "tests/support/matchers.h"
 #include "tests/support/temp_folder.h"
 
@@ -193,6 +194,7 @@ TEST(FileStore, FileSizeLimitIsResourceExhausted) {
               StatusIs(absl::StatusCode::kResourceExhausted,
                        AllOf(HasSubstr(folder / "large"), HasSubstr("limit"),
                              HasSubstr("100000 bytes are written"), HasSubstr("50000 more"))));
+  EXPECT_EQ(AttachedReason(commit), "");
   EXPECT_EQ(again, commit) << "a damaged object is not committed";
   writer->reset();
   EXPECT_TRUE(FilesIn(folder.path()).empty());
@@ -213,6 +215,7 @@ TEST(FileStore, FullDiskIsResourceExhausted) {
     EXPECT_THAT(append, StatusIs(absl::StatusCode::kResourceExhausted,
                                  AllOf(HasSubstr(store.Describe("large")),
                                        HasSubstr("disk is full"), HasSubstr("more are needed"))));
+    EXPECT_EQ(AttachedReason(append), kDiskFull);
     writer->reset();
     EXPECT_TRUE(FilesIn(mount_point).empty()) << "the space is free again";
   }
