@@ -552,7 +552,7 @@ def test_moe_stacks_the_experts(cli, models):
 def test_moe_says_what_it_cannot_do(cli, models):
     recipe = cli.recipe(MIXTURE.replace("random", "hidden"))
     message = cli("moe", recipe, "mix", expect=USAGE).err
-    assert "recipe.yaml:2:12" in message and "cheap_embed" in message
+    assert "recipe.yaml:3:11" in message and "positive_prompts" in message
     recipe = cli.recipe(
         "base_model: ./a\ngate_mode: cheap_embed\nexperts:\n"
         "  - {source_model: ./a, positive_prompts: [x]}\n"
