@@ -263,7 +263,8 @@ absl::Status S3Client::Send(S3Request request, S3Reply& reply) {
     reply.attempts = retry.attempts();
     if (reply.http.status != 0) answered_ = true;
     const bool nobody_there = !answered_ && reply.attempts >= kAttemptsWithoutAnswer;
-    const Failure failure = nobody_there ? Failure::kFinal : Classify(sent, reply);
+    const bool wanted = request.once && reply.http.status / 100 == 4;
+    const Failure failure = nobody_there || wanted ? Failure::kFinal : Classify(sent, reply);
     if (limit != nullptr) {
       limit->Release(std::max(reply.http.received, static_cast<int64_t>(request.body.size())),
                      failure == Failure::kThrottled);

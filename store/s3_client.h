@@ -55,6 +55,7 @@ struct S3Request {
   int64_t offset = 0;
   std::string if_match;
   bool patient = false;  // the store may work for minutes before it answers
+  bool once = false;     // a refusal (4xx) is the answer that is wanted, and not tried again
 };
 
 struct S3Reply {

@@ -57,6 +57,7 @@ class Proxy:
                         self.cut_sent -= len(data)
                         if self.cut_sent < 0:
                             self.cut_sent = None
+                            time.sleep(1)  # what was passed on has been read
                             break
                 else:
                     self.received += len(data)
