@@ -92,7 +92,7 @@ class AlignmentSlot {
   }
 
  private:
-  const std::vector<int64_t> map_widths_;
+  const std::vector<int64_t> map_widths_ = {};
   mutable std::mutex mutex_;
   std::shared_ptr<const Alignment> alignment_;          // guarded by mutex_
   std::shared_ptr<const StatisticsReader> statistics_;  // guarded by mutex_
