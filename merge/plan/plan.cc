@@ -302,9 +302,10 @@ class Planner {
     return MakeForwardModel(plan_.models[model].checkpoint);
   }
 
-  static absl::StatusOr<std::shared_ptr<const ForwardData>> OpenData(const ModelRef& file) {
+  absl::StatusOr<std::shared_ptr<const ForwardData>> OpenData(const ModelRef& file) {
     auto data = ForwardData::Open(file.path);
     if (!data.ok()) return Annotate(data.status(), file.at.ToString());
+    plan_.data_digests.push_back((*data)->digest());
     return data;
   }
 

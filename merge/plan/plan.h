@@ -143,7 +143,8 @@ struct Plan {
   std::string architecture;
   PlanOptions options;  // memory, threads and device resolved
   std::vector<PlanModel> models;
-  std::vector<InputFile> files;  // of all models, in order
+  std::vector<InputFile> files;           // of all models, in order
+  std::vector<std::string> data_digests;  // of data that the output follows from, besides models
   // Found before the first tensor is merged; the views of these models do the rest.
   std::vector<PlanAlignment> alignments;
   std::vector<PlanTensor> tensors;

@@ -51,6 +51,7 @@ absl::Status SetFingerprint(const std::vector<std::pair<std::string, std::string
     add_stat(file.stat);
     for (const HeaderRange& range : file.header) add(absl::StrCat(range.crc32c));
   }
+  for (const std::string& data : plan.data_digests) add(data);
   for (const PlanFile& file : plan.aux_files) {
     add(file.name);
     add(file.text);

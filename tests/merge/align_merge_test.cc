@@ -236,11 +236,11 @@ TEST_F(AlignMergeTest, IsStoppedWhileItAligns) {
 }
 
 // Tokens of a golden's vocabulary, every fourth of them to be predicted.
-void WriteTokens(const std::string& path) {
+void WriteTokens(const std::string& path, int first = 11) {
   testing::TinyTensor ids = {.name = "input_ids", .dtype = DType::kI64, .shape = {6, 16}};
   testing::TinyTensor labels = {.name = "labels", .dtype = DType::kI64, .shape = {6, 16}};
   for (int i = 0; i < 96; ++i) {
-    ids.values.push_back((i * 37 + 11) % 96);
+    ids.values.push_back((i * 37 + first) % 96);
     labels.values.push_back(i % 4 == 0 ? (i * 53) % 96 : -100);
   }
   testing::WriteSafetensors(path, {ids, labels});
@@ -278,6 +278,12 @@ TEST_F(AlignMergeTest, IsVerifiedOnData) {
               StatusIs(absl::StatusCode::kFailedPrecondition,
                        HasSubstr("the aligned model does not compute what the model does")));
   EXPECT_FALSE(fs::exists(folder_ / "bad/model.safetensors"));
+
+  // A run is not resumed once the data is another.
+  WriteTokens(data, 12);
+  const auto other = MakePlanOf(AlignOnly(golden, ", verify: " + data));
+  ASSERT_THAT(other, IsOk());
+  EXPECT_NE(other->fingerprint, plan->fingerprint);
 
   EXPECT_THAT(MakePlanOf(AlignOnly(golden, ", verify: " + data + "x")),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("recipe:3:")));
