@@ -83,6 +83,7 @@ absl::StatusOr<std::vector<float>> RunWhilePlanning(kernels::Backend& backend,
 absl::Status ForEachWhilePlanning(
     const PlanOptions& options, int64_t count, int64_t bytes, absl::string_view what,
     absl::FunctionRef<absl::Status(kernels::Backend& backend, int64_t i)> fn) {
+  if (count == 0) return absl::OkStatus();  // and no device is opened
   if (bytes > options.memory_bytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat(what, " need ", FormatBytes(bytes), " and the memory budget is ",
@@ -90,7 +91,7 @@ absl::Status ForEachWhilePlanning(
   }
   ASSIGN_OR_RETURN(const kernels::Device device, kernels::ResolveDevice(options.device));
   const int64_t workers = std::clamp<int64_t>(bytes == 0 ? 1 : options.memory_bytes / bytes, 1,
-                                              std::max(options.threads, 1));
+                                              std::clamp<int64_t>(options.threads, 1, count));
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   absl::Status status;
