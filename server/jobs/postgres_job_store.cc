@@ -20,6 +20,7 @@
 #include "server/jobs/job_state.h"
 #include "server/jobs/migrations.h"
 #include "server/jobs/postgres.h"
+#include "server/jobs/ruled_job_store.h"
 #include "server/log.h"
 
 namespace pewter::server {
@@ -38,7 +39,7 @@ constexpr absl::string_view kRow =
     "number, spec, status, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, "
     "(lease_expiry < clock_timestamp())::int::bigint FROM pewter_jobs";
 
-class PostgresJobStore final : public JobStore {
+class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
  public:
   explicit PostgresJobStore(std::string url)
       : pool_(std::move(url)), wake_(eventfd(0, EFD_CLOEXEC)) {}
@@ -194,28 +195,6 @@ class PostgresJobStore final : public JobStore {
     return Claimed{.job = std::move(row.job)};
   }
 
-  absl::StatusOr<v1::Job> RenewLease(absl::string_view id, int64_t lease_generation,
-                                     absl::Duration lease, const v1::Progress& progress) override {
-    return Update(id, [&](JobRow& row) {
-      return server::RenewLease(row, lease_generation, lease, progress);
-    });
-  }
-  absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from, v1::JobState to,
-                                     const JobChange& change) override {
-    return Update(id, [&](JobRow& row) { return server::Transition(row, from, to, change); });
-  }
-  absl::StatusOr<v1::Job> GiveUp(absl::string_view id, const LostAttempt& lost) override {
-    return Update(id, [&](JobRow& row) { return server::GiveUp(row, lost); });
-  }
-  absl::StatusOr<v1::Job> AddWarnings(absl::string_view id, int64_t lease_generation,
-                                      const std::vector<std::string>& warnings) override {
-    return Update(
-        id, [&](JobRow& row) { return server::AddWarnings(row, lease_generation, warnings); });
-  }
-  absl::StatusOr<v1::Job> RequestCancel(absl::string_view id) override {
-    return Update(id, [&](JobRow& row) { return server::RequestCancel(row); });
-  }
-
   absl::StatusOr<std::vector<v1::JobEvent>> Events(absl::string_view id, int64_t after,
                                                    int limit) override {
     RETURN_IF_ERROR(CheckId(id));
@@ -261,6 +240,8 @@ class PostgresJobStore final : public JobStore {
   }
 
  private:
+  friend class RuledJobStore<PostgresJobStore>;
+
   // One statement that only reads, and may be sent twice.
   absl::StatusOr<Rows> Query(const std::string& sql, const Parameters& parameters) {
     std::optional<Rows> rows;

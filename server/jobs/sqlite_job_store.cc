@@ -13,12 +13,13 @@
 #include "server/jobs/job_rules.h"
 #include "server/jobs/job_state.h"
 #include "server/jobs/migrations.h"
+#include "server/jobs/ruled_job_store.h"
 #include "server/jobs/sqlite.h"
 
 namespace pewter::server {
 namespace {
 
-class SqliteJobStore final : public JobStore {
+class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
  public:
   explicit SqliteJobStore(Database database) : database_(std::move(database)) {}
 
@@ -157,28 +158,6 @@ class SqliteJobStore final : public JobStore {
     return Claimed{.job = std::move(row.job)};
   }
 
-  absl::StatusOr<v1::Job> RenewLease(absl::string_view id, int64_t lease_generation,
-                                     absl::Duration lease, const v1::Progress& progress) override {
-    return Update(id, [&](JobRow& row) {
-      return server::RenewLease(row, lease_generation, lease, progress);
-    });
-  }
-  absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from, v1::JobState to,
-                                     const JobChange& change) override {
-    return Update(id, [&](JobRow& row) { return server::Transition(row, from, to, change); });
-  }
-  absl::StatusOr<v1::Job> GiveUp(absl::string_view id, const LostAttempt& lost) override {
-    return Update(id, [&](JobRow& row) { return server::GiveUp(row, lost); });
-  }
-  absl::StatusOr<v1::Job> AddWarnings(absl::string_view id, int64_t lease_generation,
-                                      const std::vector<std::string>& warnings) override {
-    return Update(
-        id, [&](JobRow& row) { return server::AddWarnings(row, lease_generation, warnings); });
-  }
-  absl::StatusOr<v1::Job> RequestCancel(absl::string_view id) override {
-    return Update(id, [&](JobRow& row) { return server::RequestCancel(row); });
-  }
-
   absl::StatusOr<std::vector<v1::JobEvent>> Events(absl::string_view id, int64_t after,
                                                    int limit) override {
     absl::MutexLock lock(&mutex_);
@@ -217,6 +196,8 @@ class SqliteJobStore final : public JobStore {
   void Listen(std::function<void(const JobNotice&)> listener) override {}
 
  private:
+  friend class RuledJobStore<SqliteJobStore>;
+
   static absl::Status Migrate(Database& database) {
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database));
     int64_t version = 0;
