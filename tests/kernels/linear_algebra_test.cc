@@ -492,8 +492,9 @@ TEST_P(LinearAlgebraTest, LowRankFactorsAreTheBestOfTheirRank) {
 
 // What a range finder finds is the same, and where it finds nothing exact the answer is, too.
 TEST_P(LinearAlgebraTest, LeadingFactorsAreThoseOfTheWhole) {
-  for (const auto& [rows, columns] :
+  for (const auto& shape :
        std::vector<std::pair<int64_t, int64_t>>{{120, 150}, {150, 120}, {130, 130}}) {
+    const int64_t rows = shape.first, columns = shape.second;
     const Dense exact = Times(Random(rows, 5, 1), Random(5, columns, 2));
     Dense noisy = exact;
     const Dense noise = Random(rows, columns, 3);
