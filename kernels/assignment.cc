@@ -12,7 +12,7 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/assignment_loops.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/thread_pool.h"
+#include "kernels/thread_pool.h"
 
 namespace pewter::kernels {
 namespace {
@@ -267,7 +267,7 @@ absl::StatusOr<Assignment> SolveAssignment(const AssignmentProblem& problem) {
 absl::StatusOr<std::vector<Assignment>> SolveAssignments(
     absl::Span<const AssignmentProblem> problems, int threads) {
   std::vector<absl::StatusOr<Assignment>> solved(problems.size());
-  cpu::ThreadPool pool(std::clamp<int>(threads, 1, std::max<size_t>(problems.size(), 1)));
+  ThreadPool pool(std::clamp<int>(threads, 1, std::max<size_t>(problems.size(), 1)));
   pool.ForEach(static_cast<int64_t>(problems.size()), [&](int64_t item, int /*thread*/) {
     solved[item] = SolveAssignment(problems[item]);
   });

@@ -42,5 +42,10 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const Device& device, int t
   if (device.cuda) return cuda::OpenBackend(device.ordinal);
   return cpu::MakeBackend(*cpu::Tables()[0], threads);
 }
+absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const Device& device,
+                                                     std::shared_ptr<ThreadPool> pool) {
+  if (device.cuda) return cuda::OpenBackend(device.ordinal);
+  return cpu::MakeBackend(*cpu::Tables()[0], std::move(pool));
+}
 
 }  // namespace pewter::kernels

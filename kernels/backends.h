@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/backend.h"
+#include "kernels/thread_pool.h"
 
 namespace pewter::kernels {
 
@@ -22,8 +23,11 @@ struct Device {
 // FailedPrecondition, with the reason, for "cuda[:N]" without it; InvalidArgument for other words.
 absl::StatusOr<Device> ResolveDevice(absl::string_view text);
 
-// `threads` bounds the CPU backend's own parallelism inside one call (1 for a pipeline lane).
+// `threads` bounds the CPU backend's own parallelism inside one call.
 // Ignored by CUDA.
 absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const Device& device, int threads);
+// One of several backends of the CPU whose threads share each other's loops: that of a lane.
+absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const Device& device,
+                                                     std::shared_ptr<ThreadPool> pool);
 
 }  // namespace pewter::kernels

@@ -249,14 +249,12 @@ absl::StatusOr<LowRankFactors> FactorLowRank(Backend& backend, const ConstMatrix
 }
 
 int64_t FactorLowRankBytes(int64_t rows, int64_t columns, int64_t rank) {
-  // The Gram matrix, twice that and a copy of a half to find its vectors, the factors, blocks that
-  // are being multiplied.
-  constexpr int64_t kBlocks = int64_t{8} << 20;
+  // The Gram matrix, twice that and a copy of a half to find its vectors, the factors.
   const int64_t side = std::min(rows, columns), k = rank + kOversampled;
   // The range finder is done before that, but for its factors.
   const int64_t range = TriesRangeFinder(side, rank) ? 3 * k * (rows + columns) + 4 * k * k : 0;
   const int64_t by_gram = 7 * side * side / 2 + 6 * side;
-  return 8 * (std::max(by_gram, range) + rank * (rows + columns)) + kBlocks;
+  return 8 * (std::max(by_gram, range) + rank * (rows + columns));
 }
 
 }  // namespace pewter::kernels

@@ -63,6 +63,9 @@ enum class Transpose : bool { kNo = false, kYes = true };
 
 class LinearAlgebra {
  public:
+  // What a thread holds to multiply, as long as it lives.
+  static constexpr int64_t kThreadBytes = int64_t{8} << 20;
+
   virtual ~LinearAlgebra() = default;
 
   // c = alpha * op(a) op(b) + beta * c; c is not read when beta is 0 and overlaps no input.
@@ -120,7 +123,7 @@ absl::StatusOr<LowRankFactors> FactorLowRank(Backend& backend, const ConstMatrix
 // only if each is a singular vector to rounding: of matrices whose rank is about as low as `rank`,
 // say of adapters' products, at a cost that goes with the rank. Else by FactorLowRank.
 absl::StatusOr<LowRankFactors> FactorLeading(Backend& backend, const ConstMatrix& a, int64_t rank);
-// Bytes of the backend's memory that either takes at most, besides `a`, on one thread.
+// Bytes of the backend's memory that either takes at most, besides `a`.
 int64_t FactorLowRankBytes(int64_t rows, int64_t columns, int64_t rank);
 
 }  // namespace pewter::kernels

@@ -15,7 +15,7 @@
 #include "kernels/arguments.h"
 #include "kernels/cpu/linear_algebra.h"
 #include "kernels/cpu/network.h"
-#include "kernels/cpu/thread_pool.h"
+#include "kernels/thread_pool.h"
 
 namespace pewter::kernels::cpu {
 namespace {
@@ -82,12 +82,13 @@ const NetworkKernels& NetworkKernelsBeside(const KernelTable& table) {
 
 class CpuBackend : public Backend {
  public:
-  CpuBackend(const KernelTable& table, int threads) : table_(table), pool_(threads) {}
+  CpuBackend(const KernelTable& table, std::shared_ptr<ThreadPool> pool)
+      : table_(table), pool_(std::move(pool)) {}
 
   std::string name() const override { return "cpu"; }
   std::string description() const override {
-    return absl::StrCat(ProcessorName(), " (", table_.isa, "), ", pool_.threads(),
-                        pool_.threads() == 1 ? " thread" : " threads");
+    return absl::StrCat(ProcessorName(), " (", table_.isa, "), ", pool_->threads(),
+                        pool_->threads() == 1 ? " thread" : " threads");
   }
   bool host_memory() const override { return true; }
 
@@ -105,8 +106,9 @@ class CpuBackend : public Backend {
   }
   absl::Status Copy(const void* from, void* to, int64_t bytes) override {
     if (from == to) return absl::OkStatus();
-    const int64_t piece = bytes / pool_.threads() / 64 * 64 + 64;
-    pool_.ForEach((bytes + piece - 1) / piece, [&](int64_t item, int) {
+    constexpr int64_t kLeast = int64_t{1} << 20;  // what is worth another thread
+    const int64_t piece = std::max(kLeast, bytes / pool_->threads() / 64 * 64 + 64);
+    pool_->ForEach((bytes + piece - 1) / piece, [&](int64_t item, int) {
       const int64_t at = item * piece;
       std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at,
                   std::min(piece, bytes - at));
@@ -200,14 +202,14 @@ class CpuBackend : public Backend {
     };
     // Other threads' bins cost a pass over them in the end, so they must have enough to do.
     constexpr int64_t kWorthBins = 16 * kRadixBins;
-    const int64_t threads = std::min<int64_t>(pool_.threads(), size / kWorthBins);
+    const int64_t threads = std::min<int64_t>(pool_->threads(), size / kWorthBins);
     if (threads <= 1) {
       count(0, size, bins.data());
       return absl::OkStatus();
     }
     std::vector<std::vector<uint64_t>> others(threads - 1);
     const int64_t part = (size + threads - 1) / threads;
-    pool_.ForEach(threads, [&](int64_t item, int) {
+    pool_->ForEach(threads, [&](int64_t item, int) {
       if (item > 0) others[item - 1].resize(kRadixBins);
       count(item * part, std::min(part, size - item * part),
             item == 0 ? bins.data() : others[item - 1].data());
@@ -247,12 +249,12 @@ class CpuBackend : public Backend {
   }
 
   absl::StatusOr<LinearAlgebra*> linear_algebra() override {
-    if (linear_algebra_ == nullptr) linear_algebra_ = MakeLinearAlgebra(pool_);
+    if (linear_algebra_ == nullptr) linear_algebra_ = MakeLinearAlgebra(*pool_);
     return linear_algebra_.get();
   }
 
   absl::StatusOr<Network*> network() override {
-    if (network_ == nullptr) network_ = MakeNetwork(NetworkKernelsBeside(table_), pool_);
+    if (network_ == nullptr) network_ = MakeNetwork(NetworkKernelsBeside(table_), *pool_);
     return network_.get();
   }
 
@@ -260,17 +262,17 @@ class CpuBackend : public Backend {
   // fn(first element, elements, thread), on all threads when there are several pieces.
   template <class F>
   void ForEachPiece(int64_t size, int64_t piece, const F& fn) {
-    if (pool_.threads() == 1) {
+    if (pool_->threads() == 1) {
       if (size > 0) fn(0, size, 0);
       return;
     }
-    pool_.ForEach((size + piece - 1) / piece, [&](int64_t item, int thread) {
+    pool_->ForEach((size + piece - 1) / piece, [&](int64_t item, int thread) {
       fn(item * piece, std::min(piece, size - item * piece), thread);
     });
   }
 
   const KernelTable& table_;
-  ThreadPool pool_;
+  const std::shared_ptr<ThreadPool> pool_;
   std::unique_ptr<LinearAlgebra> linear_algebra_;
   std::unique_ptr<Network> network_;
 };
@@ -297,7 +299,10 @@ absl::Span<const KernelTable* const> Tables() {
 }
 
 std::unique_ptr<Backend> MakeBackend(const KernelTable& table, int threads) {
-  return std::make_unique<CpuBackend>(table, std::max(threads, 1));
+  return MakeBackend(table, std::make_shared<ThreadPool>(threads));
+}
+std::unique_ptr<Backend> MakeBackend(const KernelTable& table, std::shared_ptr<ThreadPool> pool) {
+  return std::make_unique<CpuBackend>(table, std::move(pool));
 }
 
 }  // namespace pewter::kernels::cpu

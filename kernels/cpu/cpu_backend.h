@@ -7,6 +7,7 @@
 #include "absl/types/span.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/thread_pool.h"
 
 namespace pewter::kernels::cpu {
 
@@ -15,5 +16,7 @@ absl::Span<const KernelTable* const> Tables();
 
 // `threads` >= 1 work inside one call.
 std::unique_ptr<Backend> MakeBackend(const KernelTable& table, int threads);
+// Its loops are those of `pool`.
+std::unique_ptr<Backend> MakeBackend(const KernelTable& table, std::shared_ptr<ThreadPool> pool);
 
 }  // namespace pewter::kernels::cpu

@@ -119,6 +119,20 @@ void FixSigns(const Matrix& vectors, bool by_column, const Matrix* partners) {
   }
 }
 
+// Sets the upper triangle, in squares that stay in the cache.
+void MirrorLower(const Matrix& g) {
+  constexpr int64_t kSide = 32;
+  for (int64_t i = 0; i < g.rows; i += kSide) {
+    for (int64_t j = 0; j <= i; j += kSide) {
+      for (int64_t row = i; row < std::min(i + kSide, g.rows); ++row) {
+        for (int64_t column = j; column < std::min(j + kSide, row); ++column) {
+          g.data[column * g.stride + row] = g.data[row * g.stride + column];
+        }
+      }
+    }
+  }
+}
+
 // LAPACK is column-major: it sees the transpose of a row-major matrix, and every call below is
 // about that.
 lapack_int Int(int64_t value) { return static_cast<lapack_int>(value); }
@@ -210,7 +224,7 @@ absl::Status ForEach(ThreadPool& pool, int64_t count, const F& fn) {
 class CpuLinearAlgebra : public LinearAlgebra {
  public:
   CpuLinearAlgebra(ThreadPool& pool, std::unique_ptr<const Factorisations> factorisations)
-      : pool_(pool), factorisations_(std::move(factorisations)), scratch_(pool.threads()) {
+      : pool_(pool), factorisations_(std::move(factorisations)) {
     UseOneThread();
   }
 
@@ -228,9 +242,7 @@ class CpuLinearAlgebra : public LinearAlgebra {
     RETURN_IF_ERROR(CheckGram(transpose, a, g));
     const bool columns = transpose == Transpose::kYes;
     Multiply(columns, a, !columns, a, 1, beta, g, /*lower_only=*/true);
-    for (int64_t i = 0; i < g.rows; ++i) {
-      for (int64_t j = 0; j < i; ++j) g.data[j * g.stride + i] = g.data[i * g.stride + j];
-    }
+    MirrorLower(g);
     return absl::OkStatus();
   }
 
@@ -312,14 +324,16 @@ class CpuLinearAlgebra : public LinearAlgebra {
   void Multiply(bool transpose_a, const ConstMatrix& a, bool transpose_b, const ConstMatrix& b,
                 double alpha, double beta, const Matrix& c, bool lower_only) {
     const int64_t inner = transpose_a ? a.rows : a.columns;
-    const int64_t tall = IsPlain(a) ? kPlainExtent : kWidenedExtent;
-    const int64_t wide = IsPlain(b) ? kPlainExtent : kWidenedExtent;
+    int64_t tall = IsPlain(a) ? kPlainExtent : kWidenedExtent;
+    int64_t wide = IsPlain(b) ? kPlainExtent : kWidenedExtent;
+    // Of a small triangle there would be one block, and work for one thread.
+    if (lower_only && c.rows <= tall) tall = wide = tall / 2;
     const int64_t down = (c.rows + tall - 1) / tall, across = (c.columns + wide - 1) / wide;
-    pool_.ForEach(down * across, [&](int64_t item, int thread) {
+    pool_.ForEach(down * across, [&](int64_t item, int) {
       const int64_t i = item / across * tall, j = item % across * wide;
       if (lower_only && j > i) return;
       const int64_t rows = std::min(tall, c.rows - i), columns = std::min(wide, c.columns - j);
-      Scratch& scratch = scratch_[thread];
+      thread_local Scratch scratch;
       double* const to = c.data + i * c.stride + j;
       for (int64_t row = 0; row < rows; ++row) {
         double* const begin = to + row * c.stride;
@@ -351,14 +365,14 @@ class CpuLinearAlgebra : public LinearAlgebra {
     });
   }
 
-  // Operands of a block, widened. Kept: memory that is given back is cleared before it comes again.
+  // Operands of a block, widened: LinearAlgebra::kThreadBytes. Kept by each thread: memory that is
+  // given back is cleared before it comes again.
   struct Scratch {
     std::vector<double> a, b;
   };
 
   ThreadPool& pool_;
   const std::unique_ptr<const Factorisations> factorisations_;
-  std::vector<Scratch> scratch_;  // by thread
   std::vector<std::string> notes_;
 };
 

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "kernels/cpu/thread_pool.h"
+#include "kernels/thread_pool.h"
 #include "kernels/linear_algebra.h"
 
 namespace pewter::kernels::cpu {

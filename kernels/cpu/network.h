@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "kernels/cpu/network_kernels.h"
-#include "kernels/cpu/thread_pool.h"
+#include "kernels/thread_pool.h"
 #include "kernels/network.h"
 
 namespace pewter::kernels::cpu {

@@ -227,7 +227,7 @@ class CudaLinearAlgebra : public LinearAlgebra {
 
   LinearAlgebra& Host() {
     if (host_ == nullptr) {
-      pool_ = std::make_unique<cpu::ThreadPool>(1);
+      pool_ = std::make_unique<ThreadPool>(1);
       host_ = cpu::MakeLinearAlgebra(*pool_);
     }
     return *host_;
@@ -298,7 +298,7 @@ class CudaLinearAlgebra : public LinearAlgebra {
   Stream* const stream_;
   const std::string name_;
   std::vector<std::string> notes_;
-  std::unique_ptr<cpu::ThreadPool> pool_;  // of host_
+  std::unique_ptr<ThreadPool> pool_;  // of host_
   std::unique_ptr<LinearAlgebra> host_;    // made when a factorisation is repeated
 };
 

@@ -13,7 +13,7 @@
 #include "base/dtype_names.h"
 #include "base/status.h"
 #include "kernels/assignment.h"
-#include "kernels/cpu/thread_pool.h"
+#include "kernels/thread_pool.h"
 #include "kernels/linear_algebra.h"
 #include "merge/checkpoint/held_source.h"
 
@@ -624,7 +624,7 @@ class Matcher {
   const Checkpoint &reference_, &model_;
   const WeightMatchingOptions& options_;
   kernels::Backend& backend_;
-  kernels::cpu::ThreadPool pool_;
+  kernels::ThreadPool pool_;
   LinearAlgebra* algebra_ = nullptr;
   std::vector<std::vector<Place>> places_;                  // by group
   std::vector<std::pair<std::string, std::string>> names_;  // by tensor; empty: no evidence

@@ -50,9 +50,10 @@ absl::StatusOr<std::unique_ptr<TileScheduler>> TileScheduler::Create(const kerne
                                                                      int lanes,
                                                                      std::stop_token stop) {
   std::unique_ptr<TileScheduler> scheduler(new TileScheduler(stop));
+  scheduler->pool_ = kernels::ThreadPool::OfLent(lanes);
   for (int i = 0; i < lanes; ++i) {
     ASSIGN_OR_RETURN(std::unique_ptr<kernels::Backend> backend,
-                     kernels::OpenBackend(device, /*threads=*/1));
+                     kernels::OpenBackend(device, scheduler->pool_));
     scheduler->lanes_.push_back(std::make_unique<Lane>(i, std::move(backend)));
   }
   for (std::unique_ptr<Lane>& lane : scheduler->lanes_) {
@@ -72,26 +73,26 @@ TileScheduler::~TileScheduler() {
     std::lock_guard lock(mutex_);
     closing_ = true;
   }
-  work_.notify_all();
+  pool_->Wake();
 }
 
 absl::Status TileScheduler::Run(int64_t order, int64_t tiles,
                                 absl::FunctionRef<absl::Status(Lane&, int64_t)> tile,
                                 absl::FunctionRef<bool(int64_t)> admit) {
   Batch batch{.tiles = tiles, .tile = tile, .admit = admit};
+  {
+    std::lock_guard lock(mutex_);
+    RETURN_IF_ERROR(aborted_);
+    batches_.emplace(order, &batch);
+  }
+  pool_->Wake();
   std::unique_lock lock(mutex_);
-  RETURN_IF_ERROR(aborted_);
-  batches_.emplace(order, &batch);
-  work_.notify_all();
   batch.done.wait(lock, [&] { return batch.finished(); });
   batches_.erase(order);
   return batch.status;
 }
 
-void TileScheduler::Wake() {
-  { std::lock_guard lock(mutex_); }
-  work_.notify_all();
-}
+void TileScheduler::Wake() { pool_->Wake(); }
 
 void TileScheduler::Abort(const absl::Status& status) {
   std::lock_guard lock(mutex_);
@@ -102,22 +103,25 @@ void TileScheduler::Abort(const absl::Status& status) {
   }
 }
 
-TileScheduler::Batch* TileScheduler::NextBatch() {
+TileScheduler::Batch* TileScheduler::TakeTile(int64_t* tile) {
   for (auto& [order, batch] : batches_) {
-    if (batch->open() && batch->admit(batch->next)) return batch;
+    if (!batch->open() || !batch->admit(batch->next)) continue;
+    *tile = batch->next++;
+    ++batch->running;
+    return batch;
   }
   return nullptr;
 }
 
 void TileScheduler::LaneMain(Lane& lane) {
-  std::unique_lock lock(mutex_);
   while (true) {
     Batch* batch = nullptr;
-    work_.wait(lock, [&] { return closing_ || (batch = NextBatch()) != nullptr; });
+    int64_t tile = 0;
+    pool_->HelpUntil([&] {
+      std::lock_guard lock(mutex_);
+      return closing_ || (batch = TakeTile(&tile)) != nullptr;
+    });
     if (batch == nullptr) return;
-    const int64_t tile = batch->next++;
-    ++batch->running;
-    lock.unlock();
     absl::Status status;
     try {
       status = batch->tile(lane, tile);
@@ -126,7 +130,7 @@ void TileScheduler::LaneMain(Lane& lane) {
     } catch (const std::exception& error) {
       status = absl::InternalError(absl::StrCat("unexpected: ", error.what()));
     }
-    lock.lock();
+    std::lock_guard lock(mutex_);
     --batch->running;
     if (!status.ok() && batch->status.ok()) batch->status = status;
     if (batch->finished()) batch->done.notify_all();

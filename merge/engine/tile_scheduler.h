@@ -2,11 +2,11 @@
 //
 // A tensor is merged in passes; a pass is a batch of tiles. Each lane is a thread with a Backend of
 // its own. A free lane takes the next tile of the earliest batch that admits one, so early tensors
-// finish first, and lanes never idle while another tensor in flight has work. Batches are run from
-// coordinator threads (one a tensor in flight), which block until theirs is done.
+// finish first, and lanes never idle while another tensor in flight has work; those that find no
+// tile help others with the loops of theirs, as of a matrix that is merged whole. Batches are run
+// from coordinator threads (one a tensor in flight), which block until theirs is done.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -67,12 +67,13 @@ class TileScheduler {
   struct Batch;
   explicit TileScheduler(std::stop_token stop) : stop_(std::move(stop)) {}
   void LaneMain(Lane& lane);
-  Batch* NextBatch();
+  // Takes the next tile; null when there is none now.
+  Batch* TakeTile(int64_t* tile);
 
   std::stop_token stop_;
+  std::shared_ptr<kernels::ThreadPool> pool_;  // lanes wait in it for tiles
   std::vector<std::unique_ptr<Lane>> lanes_;
-  std::mutex mutex_;
-  std::condition_variable work_;       // lanes wait for tiles
+  std::mutex mutex_;                   // may be taken under the pool's, not the other way round
   std::map<int64_t, Batch*> batches_;  // by order; guarded by mutex_
   absl::Status aborted_;               // guarded by mutex_
   bool closing_ = false;               // guarded by mutex_

@@ -190,8 +190,10 @@ class DrmTask : public TensorTask {
     if (blocks.rank > 0) {
       RETURN_IF_ERROR(MergeTrimmed(backend, blocks, basis.spectrum[0], options_.merge, report));
     }
+    ASSIGN_OR_RETURN(const Expansion expansion,
+                     Expansion::Make(backend, basis, blocks.Of(0), stack, deltas));
     const auto rows_of = [&](int64_t first, kernels::Matrix out) {
-      return ExpandRows(*algebra, basis, blocks.Of(0), stack, first - part.first, out);
+      return expansion.Rows(*algebra, first - part.first, out);
     };
     return vectors.Emit(backend, part.first, part.first + part.shape.rows, rows_of, result);
   }

@@ -70,8 +70,11 @@ class KnotsTask : public TensorTask {
       RETURN_IF_ERROR(backend.Map(
           op, blocks.Views(), {blocks.Of(0).data, DType::kF64, blocks.rank * blocks.length}, 0));
     }
+    // Small directions count, so the basis is the shared side's own, and the task vectors are gone.
+    ASSIGN_OR_RETURN(const Expansion expansion,
+                     Expansion::Make(backend, aligned.basis, blocks.Of(0), Stack::kHorizontal, {}));
     const auto rows_of = [&](int64_t first, kernels::Matrix out) {
-      return ExpandRows(*algebra, aligned.basis, blocks.Of(0), Stack::kHorizontal, first, out);
+      return expansion.Rows(*algebra, first, out);
     };
     return aligned.vectors.Emit(backend, 0, shape_.rows, rows_of, result);
   }

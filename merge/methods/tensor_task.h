@@ -62,7 +62,8 @@ class TensorTask {
  public:
   virtual ~TensorTask() = default;
   virtual const char* name() const = 0;  // in plans
-  // The most memory that Run holds at a time, the loaded operands and `result` included.
+  // The most memory that Run holds at a time, the loaded operands and `result` included; what the
+  // backend's threads keep is not.
   virtual int64_t bytes() const = 0;
   virtual DType result_dtype() const { return DType::kF32; }
   // Sets `result`, of that type and in host memory: the elements of the plan's tensor, those of its

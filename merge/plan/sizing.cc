@@ -6,6 +6,7 @@
 #include "base/status.h"
 #include "base/units.h"
 #include "kernels/backends.h"
+#include "kernels/linear_algebra.h"
 #include "kernels/threshold_select.h"
 
 namespace pewter {
@@ -94,6 +95,7 @@ absl::StatusOr<Sizing> SizeRun(const Plan& plan) {
   }
   // Of a lane, of the tensor that it sees, and the sums.
   if (plan.measure != nullptr) lane_bytes += 3 * histograms;
+  if (largest_task > 0) lane_bytes += kernels::LinearAlgebra::kThreadBytes;
   const int64_t least = resident + lane_bytes + kLeastWindowTiles * tile_bytes + largest_task;
   if (least > options.memory_bytes) {
     return absl::ResourceExhaustedError(

@@ -116,7 +116,7 @@ TEST(CpuFactorisations, BothRoutinesGiveTheSame) {
 }
 
 TEST(CpuFactorisations, WhatDoesNotConvergeIsRepeatedAndTold) {
-  cpu::ThreadPool pool(2);
+  ThreadPool pool(2);
   const auto algebra = cpu::MakeLinearAlgebra(pool, std::make_unique<Failing>(false));
   const std::vector<double> a = RandomSymmetric(17, 1), m = Random(12 * 8, 2);
   std::vector<double> v = a, values;
@@ -137,7 +137,7 @@ TEST(CpuFactorisations, WhatDoesNotConvergeIsRepeatedAndTold) {
 }
 
 TEST(CpuFactorisations, WhatNoRoutineSolvesIsAnError) {
-  cpu::ThreadPool pool(1);
+  ThreadPool pool(1);
   const auto algebra = cpu::MakeLinearAlgebra(pool, std::make_unique<Failing>(true));
   std::vector<double> a = RandomSymmetric(5, 1), values;
   const absl::Status status = algebra->SymmetricEigen({{View(a, 5, 5), &values}});
@@ -168,7 +168,7 @@ Matrix Of(const cuda::MatrixArg& m) {
   return {static_cast<double*>(m.data), m.rows, m.columns, m.stride};
 }
 LinearAlgebra& Host() {
-  static auto* const pool = new cpu::ThreadPool(1);
+  static auto* const pool = new ThreadPool(1);
   static auto* const host = cpu::MakeLinearAlgebra(*pool).release();
   return *host;
 }

@@ -21,11 +21,9 @@ constexpr int64_t kWidth = sizeof(double);
 constexpr int64_t kRowsAtATime = 512;
 // Elements that are converted at a time.
 constexpr int64_t kRun = int64_t{1} << 15;
-// Blocks that the linear algebra widens while it multiplies.
-constexpr int64_t kProductBytes = int64_t{8} << 20;
-// A vector carried over from the other side has an error of 1e-16 (s_1 / s_j)^2: below this cut
+// A vector that follows from the other side's has an error of 1e-16 (s_1 / s_j)^2: below this cut
 // the shared side's own Gram matrix is taken even where it is the larger.
-constexpr double kLeastCarriedOver = 1e-3;
+constexpr double kLeastOfOtherSide = 1e-3;
 
 // How the shared side's vectors are found.
 enum class Way {
@@ -41,7 +39,7 @@ Way WayOf(MatrixShape shape, absl::Span<const int64_t> ranks, Stack stack, const
   }
   const bool dense = absl::c_all_of(ranks, [](int64_t rank) { return rank == 0; });
   const bool shorter = static_cast<int64_t>(ranks.size()) * BlockLength(stack, shape) < side;
-  return dense && shorter && cut.relative >= kLeastCarriedOver ? Way::kOtherSide : Way::kSharedSide;
+  return dense && shorter && cut.relative >= kLeastOfOtherSide ? Way::kOtherSide : Way::kSharedSide;
 }
 
 std::vector<int64_t> RanksOf(Deltas deltas) {
@@ -53,6 +51,15 @@ std::vector<int64_t> RanksOf(Deltas deltas) {
 // Columns [first, first + columns) of a matrix.
 Matrix Columns(const Matrix& m, int64_t first, int64_t columns) {
   return {m.data + first, m.rows, columns, m.stride};
+}
+
+// Rows [first, first + rows) of a matrix.
+ConstMatrix RowsOf(ConstMatrix m, int64_t first, int64_t rows) {
+  const int64_t offset = first * m.stride * ByteWidth(m.dtype);
+  m.data = static_cast<const char*>(m.data) + offset;
+  if (m.minus != nullptr) m.minus = static_cast<const char*>(m.minus) + offset;
+  m.rows = rows;
+  return m;
 }
 
 // How many of the values, largest first, stay.
@@ -71,26 +78,6 @@ absl::Status ScaleRows(kernels::Backend& backend, const Matrix& m, std::vector<d
   RETURN_IF_ERROR(
       backend.Map(scale, {{m.data, DType::kF64, size}}, {m.data, DType::kF64, size}, 0));
   return backend.Synchronize();  // before the values go
-}
-
-// The shared side's vectors of those of the other one, basis.others.
-absl::Status CarryOver(kernels::Backend& backend, kernels::LinearAlgebra& algebra, Deltas deltas,
-                       Stack stack, JointBasis& basis) {
-  const MatrixShape shape = deltas[0].shape;
-  const int64_t side = SharedSide(stack, shape), length = BlockLength(stack, shape);
-  ASSIGN_OR_RETURN(OwnMatrix carried, OwnMatrix::Make(backend, basis.others.rows, side));
-  const Transpose transpose = stack == Stack::kHorizontal ? Transpose::kYes : Transpose::kNo;
-  for (size_t t = 0; t < deltas.size(); ++t) {
-    RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo,
-                                 Columns(basis.others, static_cast<int64_t>(t) * length, length),
-                                 transpose, deltas[t].dense, 1, t == 0 ? 0 : 1, carried.view));
-  }
-  std::vector<double> inverse;
-  for (int64_t j = 0; j < basis.others.rows; ++j) inverse.push_back(1 / basis.spectrum[j]);
-  RETURN_IF_ERROR(ScaleRows(backend, carried.view, std::move(inverse)));
-  basis.memory = std::move(carried.memory);
-  basis.vectors = carried.view;
-  return absl::OkStatus();
 }
 
 // The factor of a product on the shared side, [side, rank] or transposed, and the Gram matrix of
@@ -324,8 +311,6 @@ absl::StatusOr<JointBasis> FindJointBasis(kernels::Backend& backend, Deltas delt
     return basis;
   }
   basis.others = {gram.data, rank, order, order};
-  basis.others_memory = std::move(basis.memory);
-  RETURN_IF_ERROR(CarryOver(backend, *algebra, deltas, stack, basis));
   return basis;
 }
 
@@ -343,13 +328,13 @@ JointBasisCost CostOfJointBasis(MatrixShape shape, absl::Span<const int64_t> ran
     cost.order = way == Way::kOtherSide ? cost.rank : side;
   }
   const int64_t square = cost.order * cost.order * kWidth;
-  cost.kept = way == Way::kSharedSide ? square : cost.rank * side * kWidth;
-  if (way == Way::kOtherSide) cost.kept += square;
+  cost.kept = way == Way::kFactors ? cost.rank * side * kWidth : square;
+  if (way == Way::kOtherSide) cost.kept += cost.order * BlockLength(stack, shape) * kWidth;
   // The solver needs two and a half times the matrix besides; factors that are multiplied have a
   // half product.
   cost.peak = std::max(7 * square / 2 + 8 * cost.order * kWidth,
                        (way == Way::kFactors ? square : 0) + cost.kept) +
-              kProductBytes + 2 * largest * (side + largest) * kWidth;
+              2 * largest * (side + largest) * kWidth;
   // Q, R and the identity, with the workspace of the QR.
   if (way == Way::kFactors) {
     cost.peak += cost.order * side * kWidth + 2 * square + 64 * cost.order * kWidth;
@@ -379,7 +364,7 @@ absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const Join
     ASSIGN_OR_RETURN(blocks.memory.emplace_back(),
                      backend.Allocate(blocks.rank * blocks.length * kWidth));
     if (blocks.rank == 0) continue;
-    if (basis.others_memory != nullptr) {
+    if (basis.of_other_side()) {
       const Matrix from = Columns(basis.others, t * blocks.length, blocks.length),
                    to = blocks.Of(t);
       for (int64_t j = 0; j < blocks.rank; ++j) {
@@ -393,7 +378,7 @@ absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const Join
                           ? Multiply(backend, basis.vectors, deltas[t], blocks.Of(t))
                           : MultiplyTransposed(backend, basis.vectors, deltas[t], blocks.Of(t)));
     }
-    if (used_up == nullptr) continue;
+    if (used_up == nullptr || basis.of_other_side()) continue;
     RETURN_IF_ERROR(backend.Synchronize());
     used_up->Release(t);
   }
@@ -538,14 +523,44 @@ int64_t TaskVectors::EmitBytes(MatrixShape shape) {
   return 2 * std::min(kRowsAtATime, shape.rows) * shape.columns * kWidth + kRun * kWidth;
 }
 
-absl::Status ExpandRows(kernels::LinearAlgebra& algebra, const JointBasis& basis,
-                        const Matrix& block, Stack stack, int64_t first, Matrix out) {
-  if (stack == Stack::kHorizontal) {
-    return algebra.Gemm(Transpose::kYes, Columns(basis.vectors, first, out.rows), Transpose::kNo,
-                        block, 1, 0, out);
+absl::StatusOr<Expansion> Expansion::Make(kernels::Backend& backend, const JointBasis& basis,
+                                          const Matrix& block, Stack stack, Deltas deltas) {
+  Expansion expansion(basis, block, stack, deltas);
+  if (!basis.of_other_side()) return expansion;
+  // The shared side's vectors are D_t times the other's, over s_j: with the merged block they are
+  // multiplied first, which leaves matrices as small as a block.
+  ASSIGN_OR_RETURN(kernels::LinearAlgebra* const algebra, backend.linear_algebra());
+  std::vector<double> inverse;
+  for (int64_t j = 0; j < basis.rank(); ++j) inverse.push_back(1 / basis.spectrum[j]);
+  RETURN_IF_ERROR(ScaleRows(backend, block, std::move(inverse)));
+  for (size_t t = 0; t < deltas.size(); ++t) {
+    const Matrix others =
+        Columns(basis.others, static_cast<int64_t>(t) * block.columns, block.columns);
+    ASSIGN_OR_RETURN(OwnMatrix factor, OwnMatrix::Make(backend, block.columns, block.columns));
+    const bool horizontal = stack == Stack::kHorizontal;
+    RETURN_IF_ERROR(algebra->Gemm(Transpose::kYes, horizontal ? others : block, Transpose::kNo,
+                                  horizontal ? block : others, 1, 0, factor.view));
+    expansion.factors_.push_back(std::move(factor));
   }
-  return algebra.Gemm(Transpose::kYes, Columns(block, first, out.rows), Transpose::kNo,
-                      basis.vectors, 1, 0, out);
+  return expansion;
+}
+
+absl::Status Expansion::Rows(kernels::LinearAlgebra& algebra, int64_t first, Matrix out) const {
+  const bool horizontal = stack_ == Stack::kHorizontal;
+  if (factors_.empty()) {
+    return algebra.Gemm(Transpose::kYes,
+                        Columns(horizontal ? basis_.vectors : block_, first, out.rows),
+                        Transpose::kNo, horizontal ? block_ : basis_.vectors, 1, 0, out);
+  }
+  for (size_t t = 0; t < factors_.size(); ++t) {
+    const Matrix& factor = factors_[t].view;
+    const ConstMatrix& delta = deltas_[t].dense;
+    const ConstMatrix left =
+        horizontal ? RowsOf(delta, first, out.rows) : RowsOf(factor, first, out.rows);
+    RETURN_IF_ERROR(algebra.Gemm(Transpose::kNo, left, Transpose::kNo,
+                                 horizontal ? ConstMatrix(factor) : delta, 1, t == 0 ? 0 : 1, out));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace pewter::methods

@@ -105,13 +105,13 @@ struct JointBasis {
   // Singular values of the stack, largest first: all that are not zero by its extents.
   std::vector<double> spectrum;
   std::unique_ptr<kernels::Buffer> memory;
+  // One of the two, the other has no columns:
   kernels::Matrix vectors;  // [rank, side]: orthonormal rows, those of the largest values
-  // Where the other side's vectors were found: [rank, count * length], the v_jt of all t in a row.
-  // The blocks are these times the values; else none.
-  std::unique_ptr<kernels::Buffer> others_memory;
-  kernels::Matrix others;
+  kernels::Matrix others;  // [rank, count * length]: the v_jt of all t in a row. The other side was
+                           // the smaller: the blocks are these times the values
 
-  int64_t rank() const { return vectors.rows; }
+  bool of_other_side() const { return others.columns > 0; }
+  int64_t rank() const { return of_other_side() ? others.rows : vectors.rows; }
 };
 
 // Which singular values are kept: those above relative * the largest, and above absolute. Values
@@ -145,7 +145,8 @@ struct JointBlocks {
   kernels::ConstView View(int t) const;
   std::vector<kernels::ConstView> Views() const;
 };
-// `used_up`: the task vectors, each of which is released as soon as it has its block; or null.
+// `used_up`: the task vectors, each of which is released as soon as it has its block, unless the
+// way back (Expansion) needs it; or null.
 absl::StatusOr<JointBlocks> ProjectOnBasis(kernels::Backend& backend, const JointBasis& basis,
                                            Deltas deltas, Stack stack, TaskVectors* used_up);
 
@@ -182,9 +183,24 @@ class PlacedValues {
   const double* data_ = nullptr;
 };
 
-// Rows [first, first + out.rows) of the matrix [n, m] whose block is `block`.
-absl::Status ExpandRows(kernels::LinearAlgebra& algebra, const JointBasis& basis,
-                        const kernels::Matrix& block, Stack stack, int64_t first,
-                        kernels::Matrix out);
+// The matrix [n, m] whose block is `block`. Basis, block and deltas must outlive it.
+class Expansion {
+ public:
+  // `block` is destroyed where the basis is of the other side.
+  static absl::StatusOr<Expansion> Make(kernels::Backend& backend, const JointBasis& basis,
+                                        const kernels::Matrix& block, Stack stack, Deltas deltas);
+  // Rows [first, first + out.rows).
+  absl::Status Rows(kernels::LinearAlgebra& algebra, int64_t first, kernels::Matrix out) const;
+
+ private:
+  Expansion(const JointBasis& basis, const kernels::Matrix& block, Stack stack, Deltas deltas)
+      : basis_(basis), block_(block), stack_(stack), deltas_(deltas) {}
+
+  const JointBasis& basis_;
+  kernels::Matrix block_;
+  Stack stack_;
+  Deltas deltas_;
+  std::vector<OwnMatrix> factors_;  // by model: what D_t is multiplied with; none: the basis is
+};
 
 }  // namespace pewter::methods
