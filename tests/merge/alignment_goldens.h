@@ -1,4 +1,5 @@
-// Pairs of tiny models whose orders are known: ../shared/goldens/alignment, where it is there.
+// ../shared/goldens/alignment, where it is there: pairs of tiny models whose orders are known, and
+// matrices.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -11,10 +12,21 @@
 #include <vector>
 
 #include "merge/align/alignment.h"
+#include "merge/align/dense_matrix.h"
 #include "merge/align/symmetry.h"
 #include "merge/checkpoint/checkpoint.h"
+#include "tests/support/tiny_model.h"
 
 namespace pewter::testing {
+
+inline std::filesystem::path AlignmentGoldenFolder() {
+  return std::filesystem::path(PEWTER_SOURCE_DIR) / "../shared/goldens/alignment";
+}
+
+// A vector is a column.
+inline DenseMatrix MatrixOf(const TinyTensor& tensor) {
+  return {tensor.shape[0], tensor.shape.rank() == 2 ? tensor.shape[1] : 1, tensor.values};
+}
 
 struct AlignmentGolden {
   std::string name, folder;
@@ -27,7 +39,7 @@ struct AlignmentGolden {
 inline std::vector<AlignmentGolden> AlignmentGoldens() {
   namespace fs = std::filesystem;
   std::vector<AlignmentGolden> goldens;
-  const fs::path root = fs::path(PEWTER_SOURCE_DIR) / "../shared/goldens/alignment";
+  const fs::path root = AlignmentGoldenFolder();
   if (!fs::exists(root)) return goldens;
   for (const auto& entry : fs::directory_iterator(root)) {
     if (!fs::exists(entry.path() / "perms.json")) continue;

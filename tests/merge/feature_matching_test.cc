@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "alignment_goldens.h"
 #include "merge/align/moments.h"
 #include "tests/support/matchers.h"
 #include "tests/support/tiny_model.h"
@@ -25,19 +26,16 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
+using testing::AlignmentGoldenFolder;
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
 using testing::IsOk;
+using testing::MatrixOf;
 using testing::ReadFile;
 using testing::ReadTensors;
 using testing::StatusIs;
 using testing::TinyTensor;
 
-fs::path Goldens() { return fs::path(PEWTER_SOURCE_DIR) / "../shared/goldens/alignment"; }
-
-DenseMatrix MatrixOf(const TinyTensor& tensor) {
-  return {tensor.shape[0], tensor.shape[1], tensor.values};
-}
 std::vector<int32_t> IntegersOf(const TinyTensor& tensor) {
   return {tensor.values.begin(), tensor.values.end()};
 }
@@ -110,8 +108,9 @@ std::vector<std::vector<double>> RandomFeatures(int64_t rows, int64_t width, int
 }
 
 TEST(FeatureMatchingTest, HeadsAreTheReferences) {
-  if (!fs::exists(Goldens() / "lap/heads.safetensors")) GTEST_SKIP() << "no references";
-  auto golden = ReadTensors(Goldens() / "lap/heads.safetensors");
+  if (!fs::exists(AlignmentGoldenFolder() / "lap/heads.safetensors"))
+    GTEST_SKIP() << "no references";
+  auto golden = ReadTensors(AlignmentGoldenFolder() / "lap/heads.safetensors");
   const DenseMatrix similarity = MatrixOf(golden.at("corr"));
   for (int threads : {1, 2}) {
     const auto matches = MatchBlocks(similarity, 16, threads);
@@ -137,9 +136,10 @@ TEST(FeatureMatchingTest, HeadsAreTheReferences) {
 }
 
 TEST(FeatureMatchingTest, CorrelationsAndPlantedOrdersOfBertAreTheReferences) {
-  if (!fs::exists(Goldens() / "bert_mlm/io.safetensors")) GTEST_SKIP() << "no references";
-  auto golden = ReadTensors(Goldens() / "bert_mlm/io.safetensors");
-  const json perms = json::parse(ReadFile(Goldens() / "bert_mlm/perms.json"));
+  if (!fs::exists(AlignmentGoldenFolder() / "bert_mlm/io.safetensors"))
+    GTEST_SKIP() << "no references";
+  auto golden = ReadTensors(AlignmentGoldenFolder() / "bert_mlm/io.safetensors");
+  const json perms = json::parse(ReadFile(AlignmentGoldenFolder() / "bert_mlm/perms.json"));
   for (const std::string site : {"attn.0", "ff.1", "res.emb"}) {
     SCOPED_TRACE(site);
     const SiteMoments moments =

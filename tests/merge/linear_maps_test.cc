@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "alignment_goldens.h"
 #include "kernels/backends.h"
 #include "tests/support/matchers.h"
 #include "tests/support/tiny_model.h"
@@ -26,16 +27,12 @@ using kernels::Transpose;
 using nlohmann::json;
 using ::testing::HasSubstr;
 using testing::IsOk;
+using testing::MatrixOf;
 using testing::ReadFile;
 using testing::ReadTensors;
 using testing::StatusIs;
-using testing::TinyTensor;
 
-fs::path Goldens() { return fs::path(PEWTER_SOURCE_DIR) / "../shared/goldens/alignment/cca_pleas"; }
-
-DenseMatrix MatrixOf(const TinyTensor& tensor) {
-  return {tensor.shape[0], tensor.shape.rank() == 2 ? tensor.shape[1] : 1, tensor.values};
-}
+fs::path Goldens() { return testing::AlignmentGoldenFolder() / "cca_pleas"; }
 
 class LinearMapsTest : public ::testing::Test {
  protected:
