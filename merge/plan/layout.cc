@@ -99,20 +99,23 @@ absl::Status LayOutShards(int64_t shard_bytes, Plan& plan) {
   RETURN_IF_ERROR(CutShards(shard_bytes, plan, total));
 
   const int count = static_cast<int>(plan.shards.size());
+  // Loaders that take every safetensors file of a folder go by the index where there is one, and
+  // alignments and statistics lie beside the model.
+  const bool indexed = count > 1 || !plan.alignments.empty();
   nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
   for (int s = 0; s < count; ++s) {
     PlanShard& shard = plan.shards[s];
     shard.file = count == 1 ? "model.safetensors"
                             : absl::StrFormat("model-%05d-of-%05d.safetensors", s + 1, count);
     RETURN_IF_ERROR(LayOutShard(shard, plan));
-    if (count == 1) continue;
+    if (!indexed) continue;
     for (int index : shard.tensors) {
       const PlanTensor& tensor = plan.tensors[index];
       if (tensor.parts.empty()) weight_map[tensor.name] = shard.file;
       for (const PlanPart& part : tensor.parts) weight_map[part.name] = shard.file;
     }
   }
-  if (count > 1) {
+  if (indexed) {
     const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},
                                           {"weight_map", std::move(weight_map)}};
     plan.index_json =

@@ -156,7 +156,7 @@ struct Plan {
   std::vector<PlanFile> aux_files;  // tokenizer, generation config, model card, recipe
   std::string config_json;          // written with the index, last; empty for raw checkpoints
   std::string config_file = "config.json";  // where to; adapter_config.json for an adapter
-  std::string index_json;                   // empty for a single shard
+  std::string index_json;                   // empty for a single shard with nothing beside it
   std::vector<std::string> warnings;  // nothing is dropped, defaulted or cast silently; stages too
   std::map<std::string, std::vector<std::string>>
       unused_tensors;                       // model -> tensors that no output reads

@@ -74,6 +74,9 @@ def test_a_model_is_put_in_order(models, tmp_path):
     assert alignment["file"] == "alignment.safetensors" and (tmp_path / "out/alignment.safetensors").exists()
     assert abs(alignment["report"]["squared_distance_after"]) < 1e-6 * alignment["report"]["squared_distance_before"]
     assert (tmp_path / "out/tokenizer_config.json").exists()
+    # What else lies there is not of the model, for loaders that take every safetensors file.
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: "model.safetensors" for name in models}
 
 
 def test_a_merge_is_one_of_aligned_models(models, tmp_path):
