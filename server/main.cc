@@ -61,6 +61,15 @@ int main(int argc, char** argv) {
                    "Seconds after which the job of a server that is silent goes to another")
       ->check(CLI::Range(2, 600))
       ->capture_default_str();
+  serve_command
+      ->add_option("--max-watches", serve.max_watches, "Jobs that clients watch at the same time")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  serve_command
+      ->add_option("--worker-program", serve.worker_program,
+                   "Started for each job in place of pewterd, with the same arguments: a program "
+                   "that sets limits and then becomes `pewterd \"$@\"`")
+      ->check(CLI::ExistingFile);
   serve_command->add_flag("--insecure", serve.insecure,
                           "Let other machines connect, without TLS and authentication");
   serve_command

@@ -39,8 +39,9 @@
 namespace pewter::server {
 namespace {
 
-// Calls that run at the same time, watches among them; more are refused with RESOURCE_EXHAUSTED.
-constexpr int kMaxThreads = 192;
+// Calls besides watches that run at the same time; more are refused with RESOURCE_EXHAUSTED. Each
+// has a thread.
+constexpr int kMaxCalls = 128;
 constexpr int kMaxPlans = 2;
 // Workers stop between tiles; this is for one that does not.
 constexpr absl::Duration kDrainGrace = absl::Seconds(30);
@@ -163,6 +164,7 @@ absl::Status Serve(const ServeOptions& options) {
                                      .lease = lease,
                                      .look = std::min(absl::Seconds(5), lease / 3),
                                      .start_limit = 4 * lease,
+                                     .max_watches = options.max_watches,
                                      .access = access});
   Planner planner(kMaxPlans, access);
   MergeServiceImpl merge_service(&jobs, &planner);
@@ -178,7 +180,8 @@ absl::Status Serve(const ServeOptions& options) {
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
                              kMinPingIntervalMs);
-  builder.SetResourceQuota(grpc::ResourceQuota("pewterd").SetMaxThreads(kMaxThreads));
+  builder.SetResourceQuota(
+      grpc::ResourceQuota("pewterd").SetMaxThreads(kMaxCalls + options.max_watches));
   builder.RegisterService(&merge_service);
   builder.RegisterService(&worker_service);
   builder.RegisterService(&artifact_service);
@@ -188,8 +191,9 @@ absl::Status Serve(const ServeOptions& options) {
     return absl::UnavailableError(absl::StrCat("cannot listen on ", options.listen));
   }
 
-  ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor,
-                   MakeLocalExecutor({.server_address = address.LocalTarget()}));
+  LocalExecutorOptions executor_options{.server_address = address.LocalTarget()};
+  if (!options.worker_program.empty()) executor_options.binary = options.worker_program;
+  ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor, MakeLocalExecutor(executor_options));
   RETURN_IF_ERROR(jobs.Start(std::move(executor)));
   RETURN_IF_ERROR(WriteAddress(options.data, address.ToString()));
   const absl::Cleanup remove_address = [&] {

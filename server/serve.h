@@ -19,6 +19,8 @@ struct ServeOptions {
   int64_t artifact_quota = 0;  // bytes of what clients have uploaded; 0: no limit
   int workers = 1;
   int lease_seconds = 15;
+  int max_watches = 256;       // at the same time; further ones are refused
+  std::string worker_program;  // started as `pewterd work` is; empty: this program
   // Places that jobs may read and write, as AccessPolicy has them; none: all.
   std::vector<std::string> allow_read, allow_write;
   bool insecure = false;  // other machines may connect, without TLS

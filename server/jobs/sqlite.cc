@@ -100,20 +100,59 @@ int64_t Database::last_row() const { return sqlite3_last_insert_rowid(database_.
 
 int64_t Database::changed_rows() const { return sqlite3_changes64(database_.get()); }
 
-absl::StatusOr<Transaction> Transaction::Begin(Database& database) {
-  // Takes the write lock at once, so that what was read stays true until the commit.
-  RETURN_IF_ERROR(database.Execute("BEGIN IMMEDIATE"));
-  return Transaction(&database);
+bool Database::in_transaction() const { return sqlite3_get_autocommit(database_.get()) == 0; }
+
+absl::Status Writer::Begin() {
+  ++waiting_;
+  mutex_.Lock();
+  --waiting_;
+  // The write lock is taken at once, so that what was read stays true until the commit.
+  absl::Status status = group_ == nullptr ? Execute("BEGIN IMMEDIATE") : absl::OkStatus();
+  if (status.ok()) {
+    if (group_ == nullptr) group_ = std::make_shared<Group>();
+    status = Execute("SAVEPOINT change");
+    if (status.ok()) return status;
+    End();
+  }
+  mutex_.Unlock();
+  return status;
+}
+
+void Writer::End() {
+  // Some errors end the transaction: with the changes before, which wait for its commit.
+  const bool lost = !in_transaction();
+  if (waiting_ > 0 && !lost) return;
+  group_->status =
+      lost ? DatabaseUnavailable("the transaction was rolled back") : Execute("COMMIT");
+  if (in_transaction()) Execute("ROLLBACK").IgnoreError();
+  group_->done = true;
+  group_ = nullptr;
+  committed_.SignalAll();
+}
+
+absl::StatusOr<Transaction> Transaction::Begin(Writer& writer) {
+  RETURN_IF_ERROR(writer.Begin());
+  return Transaction(&writer);
 }
 
 Transaction::~Transaction() {
-  if (database_ != nullptr) database_->Execute("ROLLBACK").IgnoreError();
+  if (writer_ == nullptr) return;
+  writer_->mutex_.AssertHeld();
+  writer_->Execute("ROLLBACK TO change; RELEASE change").IgnoreError();
+  writer_->End();
+  writer_->mutex_.Unlock();
 }
 
 absl::Status Transaction::Commit() {
-  RETURN_IF_ERROR(database_->Execute("COMMIT"));
-  database_ = nullptr;
-  return absl::OkStatus();
+  Writer& writer = *std::exchange(writer_, nullptr);
+  writer.mutex_.AssertHeld();
+  absl::Status status = writer.Execute("RELEASE change");
+  const std::shared_ptr<Writer::Group> group = writer.group_;
+  writer.End();
+  while (!group->done) writer.committed_.Wait(&writer.mutex_);
+  if (status.ok()) status = group->status;
+  writer.mutex_.Unlock();
+  return status;
 }
 
 }  // namespace pewter::server

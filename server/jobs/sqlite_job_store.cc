@@ -1,4 +1,5 @@
-// One connection behind one mutex: statements take microseconds, a commit one fsync.
+// Changes share one connection and, when they come at the same time, one fsync. Reads have another
+// connection behind a mutex: they take microseconds and see what is durable.
 #include "server/jobs/sqlite_job_store.h"
 
 #include <algorithm>
@@ -21,16 +22,18 @@ namespace {
 
 class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
  public:
-  explicit SqliteJobStore(Database database) : database_(std::move(database)) {}
+  SqliteJobStore(Database writer, Database reader)
+      : database_(std::move(writer)), reader_(std::move(reader)) {}
 
   static absl::StatusOr<std::unique_ptr<JobStore>> Open(const std::string& path) {
-    ASSIGN_OR_RETURN(Database database, Database::Open(path));
-    RETURN_IF_ERROR(Annotate(Migrate(database), path));
-    return std::make_unique<SqliteJobStore>(std::move(database));
+    ASSIGN_OR_RETURN(Database writer, Database::Open(path));
+    ASSIGN_OR_RETURN(Database reader, Database::Open(path));
+    auto store = std::make_unique<SqliteJobStore>(std::move(writer), std::move(reader));
+    RETURN_IF_ERROR(Annotate(Migrate(store->database_), path));
+    return store;
   }
 
   absl::StatusOr<Created> Create(const NewJob& request, int64_t queue_limit) override {
-    absl::MutexLock lock(&mutex_);
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database_));
     const v1::Job& asked = request.job;
     if (!asked.request_id().empty()) {
@@ -82,8 +85,8 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   }
 
   absl::StatusOr<v1::Job> Get(absl::string_view id) override {
-    absl::MutexLock lock(&mutex_);
-    ASSIGN_OR_RETURN(JobRow row, Read(id));
+    absl::MutexLock lock(&read_mutex_);
+    ASSIGN_OR_RETURN(JobRow row, Read(reader_, id));
     return std::move(row.job);
   }
 
@@ -99,8 +102,8 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     }
     // One more than asked for tells whether there is a next page.
     absl::StrAppend(&sql, " ORDER BY number DESC LIMIT ?");
-    absl::MutexLock lock(&mutex_);
-    ASSIGN_OR_RETURN(Statement select, database_.Prepare(sql));
+    absl::MutexLock lock(&read_mutex_);
+    ASSIGN_OR_RETURN(Statement select, reader_.Prepare(sql));
     select.Bind(before).Bind(before);
     for (const auto& [key, value] : filter.labels()) select.Bind(key).Bind(value);
     select.Bind(int64_t{limit} + 1);
@@ -121,7 +124,6 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   }
 
   absl::Status Delete(absl::string_view id) override {
-    absl::MutexLock lock(&mutex_);
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database_));
     ASSIGN_OR_RETURN(const JobRow row, Read(id));
     RETURN_IF_ERROR(CheckDelete(row));
@@ -131,7 +133,6 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   }
 
   absl::StatusOr<Claimed> Claim(absl::string_view server, absl::Duration lease) override {
-    absl::MutexLock lock(&mutex_);
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database_));
     const absl::Time now = absl::Now();
     std::string id;
@@ -160,13 +161,13 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
 
   absl::StatusOr<std::vector<v1::JobEvent>> Events(absl::string_view id, int64_t after,
                                                    int limit) override {
-    absl::MutexLock lock(&mutex_);
-    ASSIGN_OR_RETURN(Statement find, database_.Prepare("SELECT number FROM jobs WHERE id = ?"));
+    absl::MutexLock lock(&read_mutex_);
+    ASSIGN_OR_RETURN(Statement find, reader_.Prepare("SELECT number FROM jobs WHERE id = ?"));
     ASSIGN_OR_RETURN(const bool found, find.Bind(id).Step());
     if (!found) return JobNotFound(id);
     ASSIGN_OR_RETURN(Statement select,
-                     database_.Prepare("SELECT event FROM events WHERE job = ? AND sequence > ? "
-                                       "ORDER BY sequence LIMIT ?"));
+                     reader_.Prepare("SELECT event FROM events WHERE job = ? AND sequence > ? "
+                                     "ORDER BY sequence LIMIT ?"));
     select.Bind(find.Int(0)).Bind(after).Bind(limit);
     std::vector<v1::JobEvent> events;
     while (true) {
@@ -178,18 +179,18 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   }
 
   absl::StatusOr<std::vector<v1::Job>> Held(absl::string_view server) override {
-    absl::MutexLock lock(&mutex_);
+    absl::MutexLock lock(&read_mutex_);
     ASSIGN_OR_RETURN(Statement select,
-                     database_.Prepare("SELECT spec, status FROM jobs WHERE state IN (2, 3, 4) "
-                                       "AND server = ? ORDER BY number"));
+                     reader_.Prepare("SELECT spec, status FROM jobs WHERE state IN (2, 3, 4) "
+                                     "AND server = ? ORDER BY number"));
     return Jobs(select.Bind(server));
   }
 
   absl::StatusOr<std::vector<v1::Job>> Expired(int limit) override {
-    absl::MutexLock lock(&mutex_);
+    absl::MutexLock lock(&read_mutex_);
     ASSIGN_OR_RETURN(Statement select,
-                     database_.Prepare("SELECT spec, status FROM jobs WHERE state IN (2, 3, 4) "
-                                       "AND lease_expiry_ms < ? ORDER BY lease_expiry_ms LIMIT ?"));
+                     reader_.Prepare("SELECT spec, status FROM jobs WHERE state IN (2, 3, 4) "
+                                     "AND lease_expiry_ms < ? ORDER BY lease_expiry_ms LIMIT ?"));
     return Jobs(select.Bind(absl::ToUnixMillis(absl::Now())).Bind(limit));
   }
 
@@ -198,7 +199,7 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
  private:
   friend class RuledJobStore<SqliteJobStore>;
 
-  static absl::Status Migrate(Database& database) {
+  static absl::Status Migrate(Writer& database) {
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database));
     int64_t version = 0;
     {
@@ -227,10 +228,10 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     }
   }
 
-  absl::StatusOr<JobRow> Read(absl::string_view id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  static absl::StatusOr<JobRow> Read(Database& database, absl::string_view id) {
     ASSIGN_OR_RETURN(
         Statement select,
-        database_.Prepare("SELECT number, spec, status, lease_expiry_ms FROM jobs WHERE id = ?"));
+        database.Prepare("SELECT number, spec, status, lease_expiry_ms FROM jobs WHERE id = ?"));
     ASSIGN_OR_RETURN(const bool found, select.Bind(id).Step());
     if (!found) return JobNotFound(id);
     JobRow row{.number = select.Int(0), .now = absl::Now()};
@@ -239,7 +240,10 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     return row;
   }
 
-  absl::Status Write(const JobRow& row) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  // The rest is for who has a transaction.
+  absl::StatusOr<JobRow> Read(absl::string_view id) { return Read(database_, id); }
+
+  absl::Status Write(const JobRow& row) {
     ASSIGN_OR_RETURN(Statement update,
                      database_.Prepare("UPDATE jobs SET state = ?, status = ?, server = ?, "
                                        "lease_expiry_ms = coalesce(?, lease_expiry_ms), "
@@ -263,7 +267,6 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   // One read-change-write in a transaction of its own.
   template <typename Rule>
   absl::StatusOr<v1::Job> Update(absl::string_view id, const Rule& rule) {
-    absl::MutexLock lock(&mutex_);
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database_));
     ASSIGN_OR_RETURN(JobRow row, Read(id));
     RETURN_IF_ERROR(rule(row));
@@ -272,8 +275,9 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     return std::move(row.job);
   }
 
-  absl::Mutex mutex_;
-  Database database_ ABSL_GUARDED_BY(mutex_);
+  Writer database_;
+  absl::Mutex read_mutex_;
+  Database reader_ ABSL_GUARDED_BY(read_mutex_);
 };
 
 }  // namespace
