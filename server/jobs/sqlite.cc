@@ -69,9 +69,10 @@ void Database::Closer::operator()(sqlite3* database) const { sqlite3_close_v2(da
 
 absl::StatusOr<Database> Database::Open(const std::string& path) {
   sqlite3* handle = nullptr;
+  // FULLMUTEX: statements of those who wait for a commit are finalised in their own time.
   const int code =
       sqlite3_open_v2(path.c_str(), &handle,
-                      SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX, nullptr);
+                      SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_FULLMUTEX, nullptr);
   Database database(handle);
   if (code != SQLITE_OK) return Annotate(ToStatus(handle, code), path);
   // WAL: readers of other processes do not block us. FULL: what was acknowledged survives a power

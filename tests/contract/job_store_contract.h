@@ -130,6 +130,51 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
   std::unique_ptr<JobStoreFixture> fixture_ = GetParam()();
 };
 
+TEST_P(JobStoreContract, ChangesThatComeAtTheSameTimeAreEachMadeOrNotAtAll) {
+  constexpr int kThreads = 12, kEach = 40;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      for (int j = 0; j < kEach; ++j) {
+        const std::string id = absl::StrCat("j", i, "-", j);
+        NewJob request = MakeJob(id);
+        (*request.job.mutable_labels())["thread"] = absl::StrCat(i);
+        ASSERT_THAT(store().Create(request, kQueueLimit), IsOk());
+        // What is acknowledged is there for all at once.
+        ASSERT_THAT(store().Get(id), IsOk());
+        request.job.set_id(absl::StrCat(id, "-again"));
+        ASSERT_THAT(store().Create(request, kQueueLimit),
+                    StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr(id)));
+        if (j % 2 == 0) {
+          ASSERT_THAT(store().RequestCancel(id), IsOk());
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  threads.clear();
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      for (int j = 0; j < kEach / 2; ++j) {
+        ASSERT_THAT(store().Claim(absl::StrCat("server", i), absl::Seconds(60)), IsOk());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  Reopen();
+  for (int i = 0; i < kThreads; ++i) {
+    v1::JobFilter filter;
+    (*filter.mutable_labels())["thread"] = absl::StrCat(i);
+    EXPECT_EQ(ListIds(filter).size(), kEach);
+    EXPECT_THAT(IdsOf(store().Held(absl::StrCat("server", i))), ::testing::SizeIs(kEach / 2));
+    for (int j = 0; j < kEach; ++j) {
+      EXPECT_EQ(Sequences(absl::StrCat("j", i, "-", j)), (std::vector<int64_t>{1, 2}));
+      EXPECT_THAT(store().Get(absl::StrCat("j", i, "-", j, "-again")),
+                  StatusIs(absl::StatusCode::kNotFound, HasSubstr("again")));
+    }
+  }
+}
+
 TEST_P(JobStoreContract, CreatedJobIsQueuedWithOneEventAndSurvivesReopening) {
   NewJob request = MakeJob("a");
   request.job.set_request_id("r1");
