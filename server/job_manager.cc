@@ -99,15 +99,12 @@ JobManager::~JobManager() {
 }
 
 absl::Status JobManager::Start(std::unique_ptr<Executor> executor) {
-  {
-    absl::MutexLock lock(&mutex_);
-    executor_ = std::move(executor);
-    ASSIGN_OR_RETURN(const std::vector<v1::Job> held, store_->Held(options_.server));
-    for (const v1::Job& job : held) {
-      RETURN_IF_ERROR(
-          GiveUp(job.id(), {.lease_generation = job.lease_generation(),
-                            .why = WorkerLostError("the server stopped while the job ran")}));
-    }
+  executor_ = std::move(executor);
+  ASSIGN_OR_RETURN(const std::vector<v1::Job> held, store_->Held(options_.server));
+  for (const v1::Job& job : held) {
+    RETURN_IF_ERROR(
+        GiveUp(job.id(), {.lease_generation = job.lease_generation(),
+                          .why = WorkerLostError("the server stopped while the job ran")}));
   }
   store_->Listen([this](const JobNotice& notice) { OnNotice(notice); });
   scheduler_ = std::thread([this] { Schedule(); });
@@ -131,12 +128,11 @@ void JobManager::Drain(absl::Duration grace) {
 
 absl::StatusOr<v1::Job> JobManager::Create(const v1::CreateJobRequest& request) {
   ASSIGN_OR_RETURN(const NewJob admitted, Admit(request, options_.access));
-  absl::MutexLock lock(&mutex_);
-  if (draining_) return DrainingError();
+  if (draining()) return DrainingError();
   ASSIGN_OR_RETURN(JobStore::Created created, store_->Create(admitted, options_.queue_limit));
   if (created.is_new) {
     Announce(created.job);
-    schedule_.Signal();
+    WakeScheduler();
   }
   return std::move(created.job);
 }
@@ -147,8 +143,8 @@ absl::StatusOr<v1::Job> JobManager::Get(absl::string_view id) {
   // What the store has not heard yet.
   const auto it = workers_.find(id);
   if (it != workers_.end() && IsHeld(job.state()) &&
-      it->second.generation == job.lease_generation()) {
-    *job.mutable_progress() = it->second.progress;
+      it->second->generation == job.lease_generation()) {
+    *job.mutable_progress() = it->second->progress;
   }
   return job;
 }
@@ -169,11 +165,11 @@ absl::StatusOr<v1::ListJobsResponse> JobManager::List(const v1::ListJobsRequest&
 }
 
 absl::StatusOr<v1::Job> JobManager::Cancel(absl::string_view id) {
-  absl::MutexLock lock(&mutex_);
   ASSIGN_OR_RETURN(v1::Job job, store_->RequestCancel(id));
   if (job.cancel_requested()) {
     Log(LogLevel::kInfo, "cancel requested", {{"job", std::string(id)}});
-    if (const auto it = workers_.find(id); it != workers_.end()) CancelWorker(id, it->second);
+    absl::MutexLock lock(&mutex_);
+    if (const auto it = workers_.find(id); it != workers_.end()) CancelWorker(id, *it->second);
   } else {
     Announce(job);
   }
@@ -186,11 +182,11 @@ void JobManager::CancelWorker(absl::string_view id, Worker& worker) {
   worker.cancel_deadline = BootClock() + options_.cancel_grace;
   // It has done nothing yet that would have to be ended in order.
   if (!worker.started) executor_->Cancel(id, Executor::CancelMode::kKill);
+  woken_ = true;
   schedule_.Signal();
 }
 
 absl::Status JobManager::Delete(absl::string_view id) {
-  absl::MutexLock lock(&mutex_);
   RETURN_IF_ERROR(store_->Delete(id));
   hub_.PublishGone(id);
   Log(LogLevel::kInfo, "job deleted", {{"job", std::string(id)}});
@@ -252,30 +248,51 @@ absl::Status JobManager::Watch(const v1::WatchJobRequest& request,
 
 // Workers.
 
-absl::Status JobManager::CheckToken(absl::string_view token, absl::string_view job_id) {
+bool JobManager::draining() {
+  absl::MutexLock lock(&mutex_);
+  return draining_;
+}
+
+void JobManager::WakeScheduler() {
+  absl::MutexLock lock(&mutex_);
+  woken_ = true;
+  schedule_.Signal();
+}
+
+std::shared_ptr<JobManager::Worker> JobManager::FindWorker(absl::string_view job_id) {
+  absl::MutexLock lock(&mutex_);
   const auto it = workers_.find(job_id);
-  if (it == workers_.end() || !SecretsEqual(it->second.token, token)) {
+  return it == workers_.end() ? nullptr : it->second;
+}
+
+absl::StatusOr<std::shared_ptr<JobManager::Worker>> JobManager::CheckToken(
+    absl::string_view token, absl::string_view job_id) {
+  std::shared_ptr<Worker> worker = FindWorker(job_id);
+  if (worker == nullptr || !SecretsEqual(worker->token, token)) {
     return MakeError(absl::StatusCode::kUnauthenticated, "TOKEN_INVALID",
                      "the token is not one of a job that runs here");
   }
-  return absl::OkStatus();
+  return worker;
 }
 
-absl::StatusOr<JobManager::Worker*> JobManager::FindLease(absl::string_view job_id,
-                                                          int64_t generation) {
-  const auto it = workers_.find(job_id);
-  if (it == workers_.end() || !it->second.started || it->second.generation != generation ||
-      it->second.finished) {
-    return LeaseLost(job_id);
-  }
-  return &it->second;
+absl::Status JobManager::CheckLease(absl::string_view job_id, const Worker& worker,
+                                    int64_t generation) {
+  absl::MutexLock lock(&mutex_);
+  const bool held = worker.started && worker.generation == generation && !worker.finished;
+  return held ? absl::OkStatus() : LeaseLost(job_id);
 }
 
 absl::StatusOr<v1::Job> JobManager::Renew(absl::string_view id, Worker& worker) {
   // Before the store's clock is read: a worker never counts on more than the store grants.
   const absl::Duration now = BootClock();
+  v1::Progress progress;
+  {
+    absl::MutexLock lock(&mutex_);
+    progress = worker.progress;
+  }
   ASSIGN_OR_RETURN(v1::Job job,
-                   store_->RenewLease(id, worker.generation, options_.lease, worker.progress));
+                   store_->RenewLease(id, worker.generation, options_.lease, progress));
+  absl::MutexLock lock(&mutex_);
   worker.renewed = now;
   // By another server.
   if (job.cancel_requested()) CancelWorker(id, worker);
@@ -288,23 +305,29 @@ absl::Duration JobManager::LeaseLeft(const Worker& worker) const {
 
 absl::StatusOr<v1::ClaimJobResponse> JobManager::Claim(absl::string_view token,
                                                        const v1::ClaimJobRequest& request) {
-  absl::MutexLock lock(&mutex_);
-  RETURN_IF_ERROR(CheckToken(token, request.job_id()));
-  Worker& worker = workers_.find(request.job_id())->second;
-  if (worker.started) return LeaseLost(request.job_id());
-  if (draining_) return DrainingError();
-  if (worker.cancel) {
-    return MakeError(absl::StatusCode::kCancelled, "CANCELLED_BY_CLIENT", "the job was cancelled",
-                     {{"job_id", request.job_id()}});
+  const std::string& id = request.job_id();
+  ASSIGN_OR_RETURN(const std::shared_ptr<Worker> worker, CheckToken(token, id));
+  absl::MutexLock turn(&worker->turn);
+  {
+    absl::MutexLock lock(&mutex_);
+    if (worker->started) return LeaseLost(id);
+    if (draining_) return DrainingError();
+    if (worker->cancel) {
+      return MakeError(absl::StatusCode::kCancelled, "CANCELLED_BY_CLIENT", "the job was cancelled",
+                       {{"job_id", id}});
+    }
   }
   v1::ClaimJobResponse response;
-  ASSIGN_OR_RETURN(*response.mutable_job(), Renew(request.job_id(), worker));
-  worker.started = true;
-  worker.deadline = worker.renewed + options_.lease;
-  schedule_.Signal();  // which waits for the later end of the time to start
-  SetDuration(LeaseLeft(worker), response.mutable_lease_duration());
+  ASSIGN_OR_RETURN(*response.mutable_job(), Renew(id, *worker));
+  {
+    absl::MutexLock lock(&mutex_);
+    worker->started = true;
+    worker->deadline = worker->renewed + options_.lease;
+    SetDuration(LeaseLeft(*worker), response.mutable_lease_duration());
+  }
+  WakeScheduler();  // which waits for the later end of the time to start
   Log(LogLevel::kInfo, "job claimed",
-      {{"job", request.job_id()},
+      {{"job", id},
        {"worker", request.worker()},
        {"attempt", absl::StrCat(response.job().attempt())}});
   return response;
@@ -312,25 +335,27 @@ absl::StatusOr<v1::ClaimJobResponse> JobManager::Claim(absl::string_view token,
 
 absl::StatusOr<v1::HeartbeatResponse> JobManager::Heartbeat(absl::string_view token,
                                                             const v1::HeartbeatRequest& request) {
-  absl::MutexLock lock(&mutex_);
   const std::string& id = request.job_id();
-  RETURN_IF_ERROR(CheckToken(token, id));
-  ASSIGN_OR_RETURN(Worker* const worker, FindLease(id, request.lease_generation()));
+  ASSIGN_OR_RETURN(const std::shared_ptr<Worker> worker, CheckToken(token, id));
+  absl::MutexLock turn(&worker->turn);
+  RETURN_IF_ERROR(CheckLease(id, *worker, request.lease_generation()));
   if (IsHeld(request.state())) {
     RETURN_IF_ERROR(
         Advance(id, *worker, request.state(), {.lease_generation = worker->generation}));
   }
   RETURN_IF_ERROR(AddWarnings(id, worker->generation, request.warnings()));
-  if (request.has_progress()) {
-    worker->progress = request.progress();
-    hub_.PublishProgress(id, request.progress());
+  bool renew = request.confirm_lease();
+  {
+    absl::MutexLock lock(&mutex_);
+    if (request.has_progress()) worker->progress = request.progress();
+    const absl::Duration now = BootClock();
+    worker->deadline = now + options_.lease;
+    renew |= now - worker->renewed >= options_.lease / kRenewalsPerLease;
   }
-  const absl::Duration now = BootClock();
-  worker->deadline = now + options_.lease;
-  if (request.confirm_lease() || now - worker->renewed >= options_.lease / kRenewalsPerLease) {
-    RETURN_IF_ERROR(Renew(id, *worker).status());
-  }
+  if (request.has_progress()) hub_.PublishProgress(id, request.progress());
+  if (renew) RETURN_IF_ERROR(Renew(id, *worker).status());
   v1::HeartbeatResponse response;
+  absl::MutexLock lock(&mutex_);
   if (worker->cancel) {
     response.set_stop(v1::STOP_REASON_CANCEL);
   } else if (draining_) {
@@ -341,10 +366,10 @@ absl::StatusOr<v1::HeartbeatResponse> JobManager::Heartbeat(absl::string_view to
 }
 
 absl::Status JobManager::Finish(absl::string_view token, const v1::FinishJobRequest& request) {
-  absl::MutexLock lock(&mutex_);
   const std::string& id = request.job_id();
-  RETURN_IF_ERROR(CheckToken(token, id));
-  ASSIGN_OR_RETURN(Worker* const worker, FindLease(id, request.lease_generation()));
+  ASSIGN_OR_RETURN(const std::shared_ptr<Worker> worker, CheckToken(token, id));
+  absl::MutexLock turn(&worker->turn);
+  RETURN_IF_ERROR(CheckLease(id, *worker, request.lease_generation()));
   RETURN_IF_ERROR(AddWarnings(id, worker->generation, request.warnings()));
   JobChange change{.lease_generation = worker->generation};
   if (request.has_progress()) change.progress = request.progress();
@@ -359,8 +384,11 @@ absl::Status JobManager::Finish(absl::string_view token, const v1::FinishJobRequ
     }
     case v1::FinishJobRequest::kError: {
       change.error = request.error();
-      const bool cancelled = worker->cancel && request.error().code() ==
-                                                   static_cast<int>(absl::StatusCode::kCancelled);
+      bool cancelled = request.error().code() == static_cast<int>(absl::StatusCode::kCancelled);
+      {
+        absl::MutexLock lock(&mutex_);
+        cancelled &= worker->cancel;
+      }
       if (cancelled) change.error = CancelledError();
       status = Transition(id, worker->state,
                           cancelled ? v1::JOB_STATE_CANCELLED : v1::JOB_STATE_FAILED, change)
@@ -370,7 +398,7 @@ absl::Status JobManager::Finish(absl::string_view token, const v1::FinishJobRequ
     case v1::FinishJobRequest::kYielded: {
       status = GiveUp(id, {.lease_generation = worker->generation,
                            .why = WorkerLostError("the worker was told to stop"),
-                           .counts = !draining_});
+                           .counts = !draining()});
       break;
     }
     case v1::FinishJobRequest::RESULT_NOT_SET:
@@ -442,27 +470,33 @@ absl::Status JobManager::GiveUp(absl::string_view id, LostAttempt lost) {
   if (absl::IsAborted(job.status()) || absl::IsNotFound(job.status())) return absl::OkStatus();
   RETURN_IF_ERROR(job.status());
   Announce(*job);
-  schedule_.Signal();
+  WakeScheduler();
   return absl::OkStatus();
 }
 
 absl::Status JobManager::OnExit(const WorkerExit& exit) {
-  absl::MutexLock lock(&mutex_);
-  const auto it = workers_.find(exit.job_id);
-  if (it == workers_.end()) return absl::OkStatus();
-  const Worker& worker = it->second;
-  if (!worker.finished) {
+  const std::shared_ptr<Worker> worker = FindWorker(exit.job_id);
+  if (worker == nullptr) return absl::OkStatus();
+  absl::MutexLock turn(&worker->turn);
+  if (!worker->finished) {
     Log(LogLevel::kWarning, "worker lost",
         {{"job", exit.job_id},
          {"exit_code", absl::StrCat(exit.exit_code)},
          {"signal", absl::StrCat(exit.signal)},
          {"stderr", exit.stderr_tail}});
-    RETURN_IF_ERROR(
-        GiveUp(exit.job_id, {.lease_generation = worker.generation,
-                             .why = WorkerLostError(exit, worker.killed && !worker.cancel),
-                             .counts = !draining_}));
+    bool overdue = false, counts = true;
+    {
+      absl::MutexLock lock(&mutex_);
+      overdue = worker->killed && !worker->cancel;
+      counts = !draining_;
+    }
+    RETURN_IF_ERROR(GiveUp(exit.job_id, {.lease_generation = worker->generation,
+                                         .why = WorkerLostError(exit, overdue),
+                                         .counts = counts}));
   }
-  workers_.erase(it);
+  absl::MutexLock lock(&mutex_);
+  workers_.erase(exit.job_id);
+  woken_ = true;
   schedule_.Signal();
   idle_.SignalAll();
   return absl::OkStatus();
@@ -492,25 +526,31 @@ void JobManager::Reap() {
 }
 
 void JobManager::Schedule() {
-  absl::MutexLock lock(&mutex_);
-  while (!stopping_) {
+  while (true) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (stopping_) return;
+      woken_ = false;
+    }
     // What comes first may make work for what comes after.
     absl::Duration wait = KillOverdueWorkers();
     wait = std::min(wait, KeepLeasesOfStarting());
     wait = std::min(wait, GiveUpExpired());
     wait = std::min(wait, StartWorkers());
-    schedule_.WaitWithTimeout(&mutex_, wait);
+    absl::MutexLock lock(&mutex_);
+    if (!woken_ && !stopping_) schedule_.WaitWithTimeout(&mutex_, wait);
   }
 }
 
 absl::Duration JobManager::KillOverdueWorkers() {
+  absl::MutexLock lock(&mutex_);
   const absl::Duration now = BootClock();
   absl::Duration wait = absl::InfiniteDuration();
-  for (auto& [id, worker] : workers_) {
-    if (worker.killed) continue;
-    const absl::Duration left = std::min(worker.deadline, worker.cancel_deadline) - now;
+  for (const auto& [id, worker] : workers_) {
+    if (worker->killed) continue;
+    const absl::Duration left = std::min(worker->deadline, worker->cancel_deadline) - now;
     if (left <= absl::ZeroDuration()) {
-      worker.killed = true;
+      worker->killed = true;
       executor_->Cancel(id, Executor::CancelMode::kKill);
     } else {
       wait = std::min(wait, left);
@@ -522,16 +562,25 @@ absl::Duration JobManager::KillOverdueWorkers() {
 absl::Duration JobManager::KeepLeasesOfStarting() {
   const absl::Duration interval = options_.lease / kRenewalsPerLease;
   absl::Duration wait = absl::InfiniteDuration();
-  for (auto& [id, worker] : workers_) {
-    if (worker.started || worker.killed) continue;
-    const absl::Duration left = worker.renewed + interval - BootClock();
-    if (left > absl::ZeroDuration()) {
-      wait = std::min(wait, left);
-      continue;
+  std::vector<std::pair<std::string, std::shared_ptr<Worker>>> due;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [id, worker] : workers_) {
+      if (worker->started || worker->killed) continue;
+      const absl::Duration left = worker->renewed + interval - BootClock();
+      if (left > absl::ZeroDuration()) {
+        wait = std::min(wait, left);
+      } else {
+        due.emplace_back(id, worker);
+      }
     }
-    const absl::Status renewed = Renew(id, worker).status();
+  }
+  for (const auto& [id, worker] : due) {
+    absl::MutexLock turn(&worker->turn);
+    const absl::Status renewed = Renew(id, *worker).status();
     if (absl::IsAborted(renewed)) {
-      worker.killed = true;
+      absl::MutexLock lock(&mutex_);
+      worker->killed = true;
       executor_->Cancel(id, Executor::CancelMode::kKill);
     }
     wait = std::min(wait, renewed.ok() ? interval : kStoreRetry);
@@ -551,8 +600,8 @@ absl::Duration JobManager::GiveUpExpired() {
   }
   for (const v1::Job& job : *expired) {
     // Of a worker of this server its own clock decides, and its exit.
-    const auto it = workers_.find(job.id());
-    if (it != workers_.end() && it->second.generation == job.lease_generation()) continue;
+    const std::shared_ptr<Worker> worker = FindWorker(job.id());
+    if (worker != nullptr && worker->generation == job.lease_generation()) continue;
     Log(LogLevel::kWarning, "lease expired", {{"job", job.id()}, {"server", job.server()}});
     const absl::Status status =
         GiveUp(job.id(), {.lease_generation = job.lease_generation(),
@@ -565,7 +614,11 @@ absl::Duration JobManager::GiveUpExpired() {
 }
 
 absl::Duration JobManager::StartWorkers() {
-  while (!draining_ && static_cast<int>(workers_.size()) < options_.workers) {
+  while (true) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (draining_ || static_cast<int>(workers_.size()) >= options_.workers) break;
+    }
     const absl::Duration now = BootClock();
     if (now < no_start_before_) return no_start_before_ - now;
     const absl::StatusOr<JobStore::Claimed> claimed =
@@ -584,7 +637,7 @@ absl::Duration JobManager::StartWorkers() {
 void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
   Announce(job);
   // Not the job's fault: the attempt does not count, and another server may be quicker.
-  const auto give_back = [&](absl::string_view why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  const auto give_back = [&](absl::string_view why) {
     Log(LogLevel::kError, "cannot start a worker",
         {{"job", job.id()}, {"error", std::string(why)}});
     const absl::Status status = GiveUp(
@@ -596,22 +649,29 @@ void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
     }
   };
   // A worker of this server from whom another one has taken the job is still to die.
-  if (workers_.contains(job.id())) {
+  if (FindWorker(job.id()) != nullptr) {
     executor_->Cancel(job.id(), Executor::CancelMode::kKill);
     give_back("its last one is still there");
     return;
   }
   const std::string token = RandomHex(32);
-  workers_[job.id()] = {.token = token,
-                        .generation = job.lease_generation(),
-                        .deadline = claimed + options_.start_limit,
-                        .renewed = claimed};
-  const absl::Status status = executor_->Submit({.job_id = job.id(), .token = token});
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mutex_);
+    // A drain that began while the store was asked knows of no such worker.
+    if (draining_) {
+      status = absl::UnavailableError("the server stops");
+    } else {
+      workers_[job.id()] = std::make_shared<Worker>(token, job.lease_generation(),
+                                                    claimed + options_.start_limit, claimed);
+      status = executor_->Submit({.job_id = job.id(), .token = token});
+      if (!status.ok()) workers_.erase(job.id());
+    }
+  }
   if (status.ok()) {
     failed_starts_ = 0;
     return;
   }
-  workers_.erase(job.id());
   no_start_before_ =
       BootClock() + kStoreRetry * (int64_t{1} << std::min(failed_starts_++, kMostStartDoublings));
   give_back(status.message());
@@ -624,16 +684,12 @@ void JobManager::OnNotice(const JobNotice& notice) {
       return;
     case JobNotice::Kind::kQueued: {
       hub_.PublishEvent(notice.job_id, notice.sequence);
-      absl::MutexLock lock(&mutex_);
-      schedule_.Signal();
+      WakeScheduler();
       return;
     }
     case JobNotice::Kind::kProgress: {
       if (!hub_.IsWatched(notice.job_id)) return;
-      {
-        absl::MutexLock lock(&mutex_);
-        if (workers_.contains(notice.job_id)) return;
-      }
+      if (FindWorker(notice.job_id) != nullptr) return;
       const absl::StatusOr<v1::Job> job = store_->Get(notice.job_id);
       if (job.ok() && job->has_progress()) hub_.PublishProgress(notice.job_id, job->progress());
       return;
@@ -641,17 +697,15 @@ void JobManager::OnNotice(const JobNotice& notice) {
     case JobNotice::Kind::kCancel: {
       absl::MutexLock lock(&mutex_);
       const auto it = workers_.find(notice.job_id);
-      if (it != workers_.end()) CancelWorker(notice.job_id, it->second);
+      if (it != workers_.end()) CancelWorker(notice.job_id, *it->second);
       return;
     }
     case JobNotice::Kind::kGone:
       hub_.PublishGone(notice.job_id);
       return;
-    case JobNotice::Kind::kMissed: {
-      absl::MutexLock lock(&mutex_);
-      schedule_.Signal();
+    case JobNotice::Kind::kMissed:
+      WakeScheduler();
       return;
-    }
   }
 }
 

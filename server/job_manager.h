@@ -8,12 +8,13 @@
 // to the queue. Whoever has lost a lease is told so by the store: its worker stops, and nothing of
 // what it still says counts.
 //
-// One mutex serialises every change that this server makes, so what the maps say about workers and
-// what the store says about jobs never disagree for long; readers and watchers do not take it for
-// longer than a look into a map. Two threads of its own: the scheduler starts workers and kills
-// those whose time is up (it also calls Executor::Submit, as that asks for a thread that stays),
-// the reaper learns which have ended. A job whose worker is lost goes back to the queue only when
-// nothing of that worker is alive, so no two workers of a server write one destination.
+// What the store has to do takes an fsync, and is waited for under no lock that others need: each
+// worker has its own turn, in which what it says and what becomes of it are done one after the
+// other; the mutex guards the map of workers and is held for no longer than a look. Two threads of
+// its own: the scheduler starts workers and kills those whose time is up (it also calls
+// Executor::Submit, as that asks for a thread that stays), the reaper learns which have ended. A
+// job whose worker is lost goes back to the queue only when nothing of that worker is alive, so no
+// two workers of a server write one destination.
 //
 // Methods may be called from any thread.
 #pragma once
@@ -23,6 +24,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
@@ -90,13 +92,21 @@ class JobManager {
  private:
   // A worker from the claim of its job until the executor has reported its end.
   struct Worker {
-    std::string token;
-    int64_t generation = 0;
+    Worker(std::string token, int64_t generation, absl::Duration deadline, absl::Duration renewed)
+        : token(std::move(token)), generation(generation), deadline(deadline), renewed(renewed) {}
+
+    const std::string token;
+    const int64_t generation;
+
+    // Held while the store is asked to change something on its behalf; before mutex_.
+    absl::Mutex turn;
+    v1::JobState state ABSL_GUARDED_BY(turn) = v1::JOB_STATE_PLANNING;
+    bool finished ABSL_GUARDED_BY(turn) = false;  // has called Finish
+
+    // Guarded by mutex_.
     bool started = false;  // has called Claim
-    v1::JobState state = v1::JOB_STATE_PLANNING;
     v1::Progress progress;
     bool cancel = false;
-    bool finished = false;  // has called Finish
     bool killed = false;
     // On BootClock.
     absl::Duration deadline;  // of its start, then of its next word
@@ -107,38 +117,41 @@ class JobManager {
   void Schedule();
   void Reap();
   void OnNotice(const JobNotice& notice);
-  // These return how long nothing will have to be done, at most.
-  absl::Duration KillOverdueWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Duration KeepLeasesOfStarting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Duration GiveUpExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Duration StartWorkers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // These are the scheduler's, and return how long nothing will have to be done, at most.
+  absl::Duration KillOverdueWorkers();
+  absl::Duration KeepLeasesOfStarting();
+  absl::Duration GiveUpExpired();
+  absl::Duration StartWorkers();
   // `claimed`: on BootClock, not later than the claim.
-  void StartWorker(const v1::Job& job, absl::Duration claimed)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void StartWorker(const v1::Job& job, absl::Duration claimed);
 
   // Not OK when the store could not record it: to be repeated.
   absl::Status OnExit(const WorkerExit& exit);
   // The store's GiveUp under this server's limits. OK when the attempt is over already.
-  absl::Status GiveUp(absl::string_view id, LostAttempt lost) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Status CheckToken(absl::string_view token, absl::string_view job_id)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::StatusOr<Worker*> FindLease(absl::string_view job_id, int64_t generation)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status GiveUp(absl::string_view id, LostAttempt lost);
+  bool draining();
+  void WakeScheduler();
+  // Null when the job has none.
+  std::shared_ptr<Worker> FindWorker(absl::string_view job_id);
+  // The worker whose token it is.
+  absl::StatusOr<std::shared_ptr<Worker>> CheckToken(absl::string_view token,
+                                                     absl::string_view job_id);
+  absl::Status CheckLease(absl::string_view job_id, const Worker& worker, int64_t generation)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(worker.turn);
   absl::StatusOr<v1::Job> Renew(absl::string_view id, Worker& worker)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(worker.turn);
   void CancelWorker(absl::string_view id, Worker& worker) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // What a worker may count on, from now.
-  absl::Duration LeaseLeft(const Worker& worker) const;
+  absl::Duration LeaseLeft(const Worker& worker) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Moves the job along its way until it is in `state`.
   absl::Status Advance(absl::string_view job_id, Worker& worker, v1::JobState state,
-                       const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+                       const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(worker.turn);
   // The store's Transition, told to watchers and the log.
   absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from, v1::JobState to,
-                                     const JobChange& change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+                                     const JobChange& change);
   void Announce(const v1::Job& job);
   absl::Status AddWarnings(absl::string_view id, int64_t generation,
-                           const google::protobuf::RepeatedPtrField<std::string>& warnings)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+                           const google::protobuf::RepeatedPtrField<std::string>& warnings);
 
   const JobManagerOptions options_;
   const std::unique_ptr<JobStore> store_;
@@ -149,11 +162,12 @@ class JobManager {
   absl::CondVar idle_;      // a worker is gone
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::flat_hash_map<std::string, Worker> workers_ ABSL_GUARDED_BY(mutex_);
-  // On BootClock.
-  absl::Duration next_look_ ABSL_GUARDED_BY(mutex_);        // for expired leases
-  absl::Duration no_start_before_ ABSL_GUARDED_BY(mutex_);  // after no worker could be started
-  int failed_starts_ ABSL_GUARDED_BY(mutex_) = 0;           // one after the other
+  bool woken_ ABSL_GUARDED_BY(mutex_) = false;  // the scheduler has something to look at
+  absl::flat_hash_map<std::string, std::shared_ptr<Worker>> workers_ ABSL_GUARDED_BY(mutex_);
+  // The scheduler's. On BootClock.
+  absl::Duration next_look_;        // for expired leases
+  absl::Duration no_start_before_;  // after no worker could be started
+  int failed_starts_ = 0;           // one after the other
 
   std::unique_ptr<Executor> executor_;  // set once, by Start, before the threads
   std::thread scheduler_;
