@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <utility>
 
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
@@ -20,6 +22,19 @@ void Write(FILE* stream, absl::string_view text) {
 std::string Dump(const Json& value) {
   // File names need not be UTF-8: such bytes are replaced, which dump() would throw on.
   return value.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+// The length of "FILE:LINE:COLUMN:" where a message begins with it, else 0.
+size_t PlaceBytes(absl::string_view line) {
+  const size_t end = line.find(": ");
+  if (end == absl::string_view::npos) return 0;
+  const std::vector<absl::string_view> parts = absl::StrSplit(line.substr(0, end), ':');
+  int number = 0;
+  const size_t count = parts.size();
+  const bool place = count >= 3 && !parts[0].empty() &&
+                     absl::SimpleAtoi(parts[count - 1], &number) &&
+                     absl::SimpleAtoi(parts[count - 2], &number);
+  return place ? end + 1 : 0;
 }
 
 }  // namespace
@@ -45,7 +60,16 @@ void Output::Error(const absl::Status& status, int exit_code) {
                           {"message", std::string(status.message())},
                           {"exit_code", exit_code}}}}));
   } else {
-    Write(stderr, absl::StrCat("error: ", status.message(), "\n"));
+    std::string text;
+    for (const absl::string_view line : absl::StrSplit(status.message(), '\n')) {
+      const size_t place = absl::IsInvalidArgument(status) ? PlaceBytes(line) : 0;
+      if (place > 0) {
+        absl::StrAppend(&text, line.substr(0, place), " error:", line.substr(place), "\n");
+      } else {
+        absl::StrAppend(&text, text.empty() ? "error: " : "", line, "\n");
+      }
+    }
+    Write(stderr, text);
   }
 }
 

@@ -5,9 +5,12 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "client/commands.h"
@@ -99,7 +102,11 @@ absl::StatusOr<Recipe> RecipeArguments::Parse(absl::string_view text) const {
 
 absl::Status RecipeArguments::NameFile(const absl::Status& status) const {
   if (status.ok()) return status;
-  return absl::Status(status.code(), NameFile(status.message()));
+  std::vector<std::string> lines;  // one for each problem
+  for (const absl::string_view line : absl::StrSplit(status.message(), '\n')) {
+    lines.push_back(NameFile(line));
+  }
+  return absl::Status(status.code(), absl::StrJoin(lines, "\n"));
 }
 
 std::string RecipeArguments::NameFile(absl::string_view message) const {

@@ -43,33 +43,32 @@ class RecipeReader : private YamlReader {
     if (root.kind != Kind::kMapping) {
       return Expected(root, "a recipe", "a mapping with `merge_method` and `models`");
     }
-    if (!IsNull(root.Find("layer_slices"))) return ReadLayerSlices(root);
-    if (!IsNull(root.Find("merging_config"))) return ReadMergingConfig(root);
-    RETURN_IF_ERROR(CheckKeys(root, "the recipe", kKeys));
-    RETURN_IF_ERROR(ReadHead(root));
-
-    const YamlNode* method = root.Find("merge_method");
-    if (IsNull(method)) {
-      return RecipeError(root.at,
-                         IsNull(root.Find("experts"))
-                             ? "`merge_method` is missing; `pewter methods` lists the methods"
-                             : "`merge_method` is missing; mixtures of experts are made by "
-                               "`pewter moe`");
+    if (!IsNull(root.Find("layer_slices"))) {
+      Note(ReadLayerSlices(root));
+      return Problems();
     }
-    ASSIGN_OR_RETURN(recipe_.merge_method, Text(*method, "merge_method"));
-    recipe_.merge_method_at = method->at;
-    RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
-    RETURN_IF_ERROR(ReadParameters(root, recipe_.parameters));
-    RETURN_IF_ERROR(ReadOutput(root));
-    RETURN_IF_ERROR(ReadStatistics(root));
-    RETURN_IF_ERROR(ReadEvaluation(root));
-    RETURN_IF_ERROR(ReadTokenizer(root));
-    RETURN_IF_ERROR(ReadAlign(root));
+    if (!IsNull(root.Find("merging_config"))) {
+      Note(ReadMergingConfig(root));
+      return Problems();
+    }
+    Note(CheckKeys(root, "the recipe", kKeys));
+    Note(ReadHead(root));
+    Note(ReadMethod(root));
+    Note(ReadOptionalModel(root, "base_model", recipe_.base_model));
+    Note(ReadParameters(root, recipe_.parameters));
+    Note(ReadOutput(root));
+    Note(ReadStatistics(root));
+    Note(ReadEvaluation(root));
+    Note(ReadTokenizer(root));
+    Note(ReadAlign(root));
     if (const YamlNode* chat = root.Find("chat_template"); !IsNull(chat)) {
-      ASSIGN_OR_RETURN(recipe_.chat_template, Text(*chat, "chat_template"));
+      auto text = Text(*chat, "chat_template");
+      Note(text.status());
+      if (text.ok()) recipe_.chat_template = *std::move(text);
       recipe_.chat_template_at = chat->at;
     }
-    return ReadInputs(root);
+    Note(ReadInputs(root));
+    return Problems();
   }
 
  private:
@@ -80,8 +79,22 @@ class RecipeReader : private YamlReader {
       ASSIGN_OR_RETURN(recipe_.name, Text(*name, "name"));
       recipe_.name_at = name->at;
     }
-    RETURN_IF_ERROR(ReadDType(root, "dtype", recipe_.dtype));
+    Note(ReadDType(root, "dtype", recipe_.dtype));
     return ReadDType(root, "out_dtype", recipe_.out_dtype);
+  }
+
+  absl::Status ReadMethod(const YamlNode& root) {
+    const YamlNode* method = root.Find("merge_method");
+    if (IsNull(method)) {
+      return RecipeError(root.at,
+                         IsNull(root.Find("experts"))
+                             ? "`merge_method` is missing; `pewter methods` lists the methods"
+                             : "`merge_method` is missing; mixtures of experts are made by "
+                               "`pewter moe`");
+    }
+    ASSIGN_OR_RETURN(recipe_.merge_method, Text(*method, "merge_method"));
+    recipe_.merge_method_at = method->at;
+    return absl::OkStatus();
   }
 
   static absl::StatusOr<ParamScalar> ReadScalar(const YamlNode& node, absl::string_view param) {
@@ -161,7 +174,9 @@ class RecipeReader : private YamlReader {
       return Expected(*parameters, "`parameters`", "a mapping of parameter names to values");
     }
     for (const YamlNode::Entry& entry : parameters->entries) {
-      ASSIGN_OR_RETURN(scope[entry.key->text], ReadSetting(*entry.value, entry.key->text));
+      auto setting = ReadSetting(*entry.value, entry.key->text);
+      Note(setting.status());
+      if (setting.ok()) scope[entry.key->text] = *std::move(setting);
     }
     return absl::OkStatus();
   }
@@ -594,7 +609,9 @@ class RecipeReader : private YamlReader {
     const YamlNode* model = node.Find("model");
     if (IsNull(model)) return RecipeError(node.at, absl::StrCat(where, " has no `model`"));
     RecipeSource source;
-    ASSIGN_OR_RETURN(source.model, ReadModel(*model, "`model`"));
+    auto ref = ReadModel(*model, "`model`");
+    Note(ref.status());
+    if (ref.ok()) source.model = *std::move(ref);
     RETURN_IF_ERROR(ReadParameters(node, source.parameters));
     if (!sliced) return source;
 
@@ -633,8 +650,9 @@ class RecipeReader : private YamlReader {
     ASSIGN_OR_RETURN(const YamlNode* sources, List(node, "sources"));
     if (sources == nullptr) return RecipeError(node.at, "a slice without `sources`");
     for (const YamlNode* item : sources->items) {
-      ASSIGN_OR_RETURN(RecipeSource source, ReadSource(*item, /*sliced=*/true));
-      slice.sources.push_back(std::move(source));
+      auto source = ReadSource(*item, /*sliced=*/true);
+      Note(source.status());
+      if (source.ok()) slice.sources.push_back(*std::move(source));
     }
     return slice;
   }
@@ -763,6 +781,7 @@ class RecipeReader : private YamlReader {
     }
     RETURN_IF_ERROR(ReadOptionalModel(root, "base_model", recipe_.base_model));
     RETURN_IF_ERROR(ReadInputs(root));
+    RETURN_IF_ERROR(Problems());
     for (RecipeSource& source : recipe_.modules[0].slices[0].sources) {
       auto coefficient = source.parameters.extract("coefficient");
       if (coefficient.empty()) continue;
@@ -781,15 +800,17 @@ class RecipeReader : private YamlReader {
       RecipeSlice slice;
       slice.at = models.at;
       for (const YamlNode* item : models.items) {
-        ASSIGN_OR_RETURN(RecipeSource source, ReadSource(*item, /*sliced=*/false));
-        slice.sources.push_back(std::move(source));
+        auto source = ReadSource(*item, /*sliced=*/false);
+        Note(source.status());
+        if (source.ok()) slice.sources.push_back(*std::move(source));
       }
       module.slices.push_back(std::move(slice));
       return module;
     }
     for (const YamlNode* item : models.items) {
-      ASSIGN_OR_RETURN(RecipeSlice slice, ReadSlice(*item));
-      module.slices.push_back(std::move(slice));
+      auto slice = ReadSlice(*item);
+      Note(slice.status());
+      if (slice.ok()) module.slices.push_back(*std::move(slice));
     }
     return module;
   }

@@ -16,6 +16,7 @@ absl::Status YamlReader::Expected(const YamlNode& node, absl::string_view what,
 
 absl::Status YamlReader::CheckKeys(const YamlNode& mapping, absl::string_view where,
                                    absl::Span<const Key> keys) {
+  std::vector<absl::Status> refused;
   std::vector<std::string> names;
   for (const Key& key : keys) names.emplace_back(key.name);
   for (const YamlNode::Entry& entry : mapping.entries) {
@@ -26,10 +27,11 @@ absl::Status YamlReader::CheckKeys(const YamlNode& mapping, absl::string_view wh
                                        " of ", where, " means nothing and is ignored",
                                        DidYouMean(entry.key->text, names)));
     } else if (key->refused != nullptr && !IsNull(entry.value)) {
-      return RecipeError(entry.key->at, absl::StrCat("`", key->name, "` ", key->refused));
+      refused.push_back(
+          RecipeError(entry.key->at, absl::StrCat("`", key->name, "` ", key->refused)));
     }
   }
-  return absl::OkStatus();
+  return JoinProblems(refused);
 }
 
 absl::StatusOr<std::string> YamlReader::Text(const YamlNode& node, absl::string_view what) {

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -10,6 +11,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "base/dtype.h"
+#include "merge/recipe/problems.h"
 #include "merge/recipe/recipe.h"
 #include "merge/recipe/yaml.h"
 
@@ -32,6 +34,14 @@ class YamlReader {
 
   static absl::Status Expected(const YamlNode& node, absl::string_view what,
                                absl::string_view expected);
+
+  // Remembers what is wrong and goes on with the next part of the text, so that a user is told all
+  // of it; what was read is not to be used then.
+  void Note(absl::Status problem) {
+    if (!problem.ok()) problems_.push_back(std::move(problem));
+  }
+  // All that was noted.
+  absl::Status Problems() const { return JoinProblems(problems_); }
 
   // Refuses keys that are known and not supported; warns of unknown ones, which mergekit ignores.
   absl::Status CheckKeys(const YamlNode& mapping, absl::string_view where,
@@ -56,6 +66,7 @@ class YamlReader {
   static absl::StatusOr<ModelRef> ModelFromText(const YamlNode& node, absl::string_view what);
 
   std::vector<std::string>& warnings_;
+  std::vector<absl::Status> problems_;
 };
 
 }  // namespace pewter

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "merge/recipe/problems.h"
 #include "merge/recipe/referenced_models.h"
 #include "tests/support/matchers.h"
 
@@ -719,6 +720,43 @@ TEST(RecipeTest, ParsesModelRefs) {
   EXPECT_EQ(ParseModelRef("a+b")->adapter, "b");
   EXPECT_FALSE(ParseModelRef("").ok());
   EXPECT_FALSE(ParseModelRef("a@").ok());
+}
+
+TEST(RecipeTest, TellsAllProblemsAtOnceInTheirOrder) {
+  const auto recipe = Parse(
+      "dtype: float99\n"
+      "models:\n"
+      "  - model: a@b@c\n"
+      "    parameters: {weight: .inf, density: {value: {}}}\n"
+      "  - weight: 1\n"
+      "  - model: ./c\n"
+      "calibration: x\n"
+      "output: {format: gguf}\n");
+  const std::vector<RecipeProblem> problems = ProblemsOf(recipe.status());
+  std::vector<std::string> places;
+  for (const RecipeProblem& problem : problems) {
+    EXPECT_THAT(problem.message, StartsWith(absl::StrCat(problem.at.ToString(), ": ")));
+    places.push_back(problem.at.ToString());
+  }
+  EXPECT_THAT(places, ElementsAre("recipe:1:1", "recipe:1:8", "recipe:3:12", "recipe:4:26",
+                                  "recipe:4:49", "recipe:5:5", "recipe:7:1", "recipe:8:18"));
+  // One message has them all, a line each.
+  for (const RecipeProblem& problem : problems) {
+    EXPECT_THAT(std::string(recipe.status().message()), HasSubstr(problem.message));
+  }
+}
+
+TEST(RecipeTest, ProblemsAreBoundedAndToldOnce) {
+  std::string text = "merge_method: linear\nmodels:\n";
+  for (int i = 0; i < 500; ++i) text += "  - weight: 1\n";
+  EXPECT_EQ(ProblemsOf(Parse(text).status()).size(), 100u);
+  // Aliases lead to one place several times.
+  const auto aliased = Parse(
+      "merge_method: linear\nmodels: [{model: ./a, parameters: &p {w: .inf}}, "
+      "{model: ./b, parameters: *p}]\n");
+  EXPECT_EQ(ProblemsOf(aliased.status()).size(), 1u);
+  EXPECT_THAT(ProblemsOf(absl::OkStatus()), IsEmpty());
+  EXPECT_EQ(ProblemsOf(absl::NotFoundError("x")).size(), 1u);
 }
 
 }  // namespace
