@@ -34,8 +34,10 @@ void AppendEvaluation(const Json& evaluation, std::string& text) {
   }
 }
 
-void PrintResult(Output& out, const std::string& output, absl::string_view done, const Plan& plan,
-                 const Manifest& manifest) {
+void PrintResult(Output& out, absl::string_view done, const Plan& plan,
+                 const PlacedManifest& placed) {
+  const std::string& output = placed.output;
+  const Manifest& manifest = placed.manifest;
   const double rate = manifest.seconds > 0 ? manifest.bytes_written / manifest.seconds : 0;
   const Json evaluation =
       manifest.evaluation_json.empty() ? Json() : Json::parse(manifest.evaluation_json);
@@ -46,6 +48,7 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
                {"tensors", plan.tensors.size()},
                {"shards", plan.shards.size()},
                {"shards_reused", manifest.shards_reused},
+               {"reused", placed.reused},
                {"bytes_written", manifest.bytes_written},
                {"seconds", manifest.seconds},
                {"bytes_per_second", rate},
@@ -56,6 +59,10 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
   }
   if (out.quiet()) {
     out.Text(absl::StrCat(output, "\n"));
+    return;
+  }
+  if (placed.reused) {
+    out.Text(absl::StrCat(output, " holds the model of this plan already; nothing was merged\n"));
     return;
   }
   const bool model = plan.config_file == "config.json";
@@ -84,12 +91,23 @@ void PrintResult(Output& out, const std::string& output, absl::string_view done,
 
 }  // namespace
 
+CLI::Option* DeclareOnExisting(CLI::App& app, std::string& value) {
+  return app
+      .add_option("--on-existing", value,
+                  "When OUT holds something: fail; reuse_if_identical takes the model of the same "
+                  "plan that is there; new_version writes to OUT/v1, OUT/v2, ...; default: fail")
+      ->type_name("fail|reuse_if_identical|new_version")
+      ->check(CLI::IsMember({"fail", "reuse_if_identical", "new_version"}));
+}
+
 void RunArguments::DeclareOutput(CLI::App& app, const std::string& name, const std::string& help) {
   app.add_option(name, output, help)->required()->type_name(kPathType);
   CLI::Option* const resume_option =
       app.add_flag("--resume", resume,
                    "Continue an interrupted run of the same command, or start when there is none");
-  app.add_flag("--overwrite", overwrite, "Replace what is at OUT")->excludes(resume_option);
+  CLI::Option* const overwrite_option =
+      app.add_flag("--overwrite", overwrite, "Replace what is at OUT")->excludes(resume_option);
+  DeclareOnExisting(app, on_existing)->excludes(overwrite_option);
 }
 
 void RunArguments::Declare(CLI::App& app) {
@@ -107,29 +125,36 @@ absl::StatusOr<int> RunArguments::Run(const Plan& plan, absl::string_view done, 
 
   ProgressDisplay progress(ChooseProgressStyle(out, stderr), /*print_warnings=*/!out.json(),
                            stderr);
-  absl::StatusOr<Manifest> manifest;
+  absl::StatusOr<PlacedManifest> placed;
   {
     Interrupt interrupt([&] {
       if (!out.json()) progress.Say("interrupted; stopping (press Ctrl-C again to quit at once)");
     });
-    manifest = RunPlan(plan, {.output = output,
-                              .mode = resume      ? OutputMode::kResume
-                                      : overwrite ? OutputMode::kOverwrite
-                                                  : OutputMode::kNew,
-                              .allow_nonfinite = allow_nonfinite,
-                              .hash_output = !no_hash,
-                              .stages = stages,
-                              .keep_stages = keep_stages,
-                              .observer = &progress,
-                              .stop = interrupt.token()});
+    const RunOptions options{.output = output,
+                             .mode = resume      ? OutputMode::kResume
+                                     : overwrite ? OutputMode::kOverwrite
+                                                 : OutputMode::kNew,
+                             .allow_nonfinite = allow_nonfinite,
+                             .hash_output = !no_hash,
+                             .stages = stages,
+                             .keep_stages = keep_stages,
+                             .observer = &progress,
+                             .stop = interrupt.token()};
+    placed = RunPlanInto(
+        plan, options,
+        {.on_existing = on_existing == "reuse_if_identical" ? OnExisting::kReuseIfIdentical
+                        : on_existing == "new_version"      ? OnExisting::kNewVersion
+                                                            : OnExisting::kFail,
+         // Of an output that is named --resume says so itself.
+         .own_unfinished = resume && on_existing == "new_version"});
   }
   progress.Finish();
-  if (absl::IsCancelled(manifest.status())) {
+  if (absl::IsCancelled(placed.status())) {
     return absl::CancelledError(absl::StrCat("interrupted; what is finished stays in ", output,
                                              ": the same command with --resume continues"));
   }
-  if (!manifest.ok()) return manifest.status();
-  PrintResult(out, output, done, plan, *manifest);
+  if (!placed.ok()) return placed.status();
+  PrintResult(out, done, plan, *placed);
   return kExitDone;
 }
 

@@ -12,11 +12,15 @@
 
 namespace pewter::client {
 
+// --on-existing fail|reuse_if_identical|new_version.
+CLI::Option* DeclareOnExisting(CLI::App& app, std::string& value);
+
 // Parsed into by CLI11: must outlive the parse and stay in place.
 struct RunArguments {
   std::string output;
   bool resume = false;
   bool overwrite = false;
+  std::string on_existing;  // of commands that declare it
   bool allow_nonfinite = false;
   bool dry_run = false;
   bool no_hash = false;

@@ -8,7 +8,8 @@
 // global state.
 #pragma once
 
-#include "merge/engine/run.h"     // IWYU pragma: export
-#include "merge/plan/moe.h"       // IWYU pragma: export
-#include "merge/plan/plan.h"      // IWYU pragma: export
-#include "merge/recipe/recipe.h"  // IWYU pragma: export
+#include "merge/engine/existing_output.h"  // IWYU pragma: export
+#include "merge/engine/run.h"              // IWYU pragma: export
+#include "merge/plan/moe.h"                // IWYU pragma: export
+#include "merge/plan/plan.h"               // IWYU pragma: export
+#include "merge/recipe/recipe.h"           // IWYU pragma: export

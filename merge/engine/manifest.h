@@ -50,10 +50,15 @@ struct RunState {
 // The hex digest of an object's bytes.
 absl::StatusOr<std::string> Sha256OfObject(ObjectStore& store, absl::string_view key, int64_t size);
 
+enum class FileCheck {
+  kSizes,    // every file is there
+  kDigests,  // and has the bytes that were written: all of them are read
+};
 // The manifest of the finished model in `store`, when it has the given fingerprint; nothing when
 // there is no such model. DataLoss when a file is not as the manifest says.
 absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
-                                                        absl::string_view fingerprint);
+                                                        absl::string_view fingerprint,
+                                                        FileCheck check);
 // The plan's fingerprint in the manifest of `store`; NotFound when there is none, DataLoss when it
 // is damaged.
 absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store);
@@ -61,6 +66,10 @@ absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store);
 absl::StatusOr<std::vector<OutputFile>> OutputFilesOf(absl::string_view manifest_json);
 // The names of the files that a manifest lists, its own the last.
 std::vector<std::string> FilesOfManifest(absl::string_view manifest_json);
+
+// Removes the model that a manifest describes: its manifest first, then the files that it lists,
+// and nothing else. What is gone already is no error. DataLoss when the text is no manifest.
+absl::Status RemoveModel(ObjectStore& store, absl::string_view manifest_json);
 
 struct ManifestInput {
   const Plan& plan;

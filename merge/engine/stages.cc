@@ -54,7 +54,7 @@ absl::StatusOr<std::string> StagesFolder(const RunOptions& options) {
 // The manifest of the stage, which is in `folder` when this returns.
 absl::StatusOr<std::string> MergeStage(const PlanStage& stage, ObjectStore& folder,
                                        RunOptions options) {
-  auto finished = FindFinished(folder, stage.plan->fingerprint);
+  auto finished = FindFinished(folder, stage.plan->fingerprint, FileCheck::kDigests);
   if (finished.ok() && finished->has_value()) return **std::move(finished);
   if (absl::IsDataLoss(finished.status())) {
     // Our own, and of no use.
