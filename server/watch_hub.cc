@@ -39,12 +39,12 @@ WatchHub::Watch::News WatchHub::Watch::Wait(int64_t sequence, int64_t progress_v
 absl::StatusOr<WatchHub::Watch> WatchHub::Subscribe(absl::string_view job_id) {
   absl::MutexLock lock(&mutex_);
   if (watches_ >= max_watches_) {
-    return WithRetry(MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_WATCHES",
+    return WithQuota(MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_WATCHES",
                                absl::StrCat(watches_,
                                             " watches are open, as many as this server "
                                             "takes; try again later"),
                                {{"limit", absl::StrCat(max_watches_)}}),
-                     absl::Seconds(5));
+                     "server", absl::Seconds(5));
   }
   std::unique_ptr<Topic>& topic = topics_[job_id];
   if (topic == nullptr) topic = std::make_unique<Topic>();

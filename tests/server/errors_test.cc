@@ -53,6 +53,29 @@ TEST(Errors, BadRequestHoldsAllViolations) {
   EXPECT_EQ(request.field_violations(1).description(), "is worse");
 }
 
+TEST(Errors, OfARecipeNameThePlace) {
+  const absl::Status error = BadRequestError(
+      "RECIPE_INVALID", {{"recipe", "recipe:7:3: no", 7, 3}, {"priority", "is too high"}});
+  EXPECT_EQ(error.message(), "recipe:7:3: no; priority: is too high");
+  const auto info = Unpack<google::rpc::ErrorInfo>(DetailsOf(ToGrpc(error)));
+  EXPECT_EQ(info.metadata().at("field"), "recipe");
+  EXPECT_EQ(info.metadata().at("line"), "7");
+  EXPECT_EQ(info.metadata().at("column"), "3");
+}
+
+TEST(Errors, QuotasPreconditionsAndResourcesAreDetails) {
+  const absl::Status error = MakeError(absl::StatusCode::kResourceExhausted, "QUOTA_JOBS", "full");
+  const google::rpc::Status quota =
+      DetailsOf(ToGrpc(WithQuota(error, "projects/nlp", absl::Seconds(30))));
+  EXPECT_EQ(Unpack<google::rpc::QuotaFailure>(quota).violations(0).subject(), "projects/nlp");
+  EXPECT_EQ(Unpack<google::rpc::QuotaFailure>(quota).violations(0).description(), "full");
+  EXPECT_EQ(Unpack<google::rpc::RetryInfo>(quota).retry_delay().seconds(), 30);
+  const google::rpc::Status state = DetailsOf(ToGrpc(WithPrecondition(error, "STATE", "jobs/j")));
+  EXPECT_EQ(Unpack<google::rpc::PreconditionFailure>(state).violations(0).type(), "STATE");
+  const google::rpc::Status missing = DetailsOf(ToGrpc(WithResource(error, "pewter.v1.Job", "j")));
+  EXPECT_EQ(Unpack<google::rpc::ResourceInfo>(missing).resource_name(), "j");
+}
+
 TEST(Errors, EveryErrorHasAReason) {
   const grpc::Status status = ToGrpc(absl::DataLossError("bad row"));
   EXPECT_EQ(Unpack<google::rpc::ErrorInfo>(DetailsOf(status)).reason(), "DATA_LOSS");
@@ -81,8 +104,33 @@ TEST(Errors, ManyViolationsFitIntoMetadata) {
     violations.push_back({absl::StrCat("field", i), std::string(200, 'x')});
   }
   const grpc::Status status = ToGrpc(BadRequestError("FIELD_INVALID", violations));
-  EXPECT_LE(status.error_message().size() + status.error_details().size(), 8000u);
-  EXPECT_EQ(Unpack<google::rpc::ErrorInfo>(DetailsOf(status)).reason(), "FIELD_INVALID");
+  const google::rpc::Status details = DetailsOf(status);
+  EXPECT_LE(status.error_details().size(), 4096u);
+  EXPECT_EQ(Unpack<google::rpc::ErrorInfo>(details).reason(), "FIELD_INVALID");
+  const auto request = Unpack<google::rpc::BadRequest>(details);
+  const int last = request.field_violations_size() - 1;
+  EXPECT_GE(last, 5);
+  EXPECT_EQ(request.field_violations(0).field(), "field0");
+  EXPECT_EQ(request.field_violations(last).description(), absl::StrCat(500 - last, " more"));
+}
+
+TEST(Errors, AtMostAHundredViolationsAreListed) {
+  const std::vector<FieldViolation> violations(150, {"f", "x"});
+  const auto request =
+      Unpack<google::rpc::BadRequest>(DetailsOf(ToGrpc(BadRequestError("R", violations))));
+  ASSERT_EQ(request.field_violations_size(), 101);
+  EXPECT_EQ(request.field_violations(100).description(), "50 more");
+}
+
+TEST(Errors, WhateverIsAddedErrorInfoIsThere) {
+  const std::string text(100'000, 'x');
+  absl::Status error =
+      MakeError(absl::StatusCode::kNotFound, "A", text, {{"a", text}, {"b", text}, {"c", text}});
+  error = WithQuota(WithPrecondition(WithResource(error, text, text), "T", text), text,
+                    absl::Seconds(1));
+  const grpc::Status status = ToGrpc(error);
+  EXPECT_LE(status.error_details().size(), 4096u);
+  EXPECT_EQ(Unpack<google::rpc::ErrorInfo>(DetailsOf(status)).reason(), "A");
 }
 
 }  // namespace
