@@ -24,6 +24,7 @@ struct ListArguments {
   ServerArguments server;
   std::vector<std::string> labels;
   std::vector<std::string> states;
+  std::string project;
   int limit = 100;
 };
 
@@ -38,6 +39,7 @@ absl::StatusOr<int> RunList(const ListArguments& arguments, Output& out) {
     ASSIGN_OR_RETURN(const v1::JobState state, ParseState(text));
     request.mutable_filter()->add_states(state);
   }
+  request.mutable_filter()->set_project(arguments.project);
   std::vector<v1::Job> jobs;
   bool more = true;
   while (more && static_cast<int>(jobs.size()) < arguments.limit) {
@@ -113,8 +115,34 @@ absl::StatusOr<int> Cancel(Remote& remote, const std::string& id, Output& out) {
   return kExitDone;
 }
 
-absl::StatusOr<int> Delete(Remote& remote, const std::string& id, Output& out) {
-  RETURN_IF_ERROR(remote.DeleteJob(id));
+absl::StatusOr<int> Retry(Remote& remote, const std::string& id, Output& out) {
+  v1::RetryJobRequest request;
+  request.set_job_id(id);
+  request.set_request_id(RandomRequestId());
+  ASSIGN_OR_RETURN(const v1::Job job, remote.RetryJob(request));
+  if (out.json()) {
+    out.Print(ToJson(job));
+  } else {
+    out.Text(out.quiet() ? absl::StrCat(job.id(), "\n")
+                         : absl::StrCat("Job ", job.id(), " is ", StateName(job.state()),
+                                        " and does what job ", id, " did\n"));
+  }
+  return kExitDone;
+}
+
+struct DeleteArguments {
+  JobArguments jobs;
+  bool force = false;
+  bool outputs = false;
+};
+
+absl::StatusOr<int> Delete(const DeleteArguments& arguments, Remote& remote, const std::string& id,
+                           Output& out) {
+  v1::DeleteJobRequest request;
+  request.set_job_id(id);
+  request.set_force(arguments.force);
+  request.set_delete_outputs(arguments.outputs);
+  RETURN_IF_ERROR(remote.DeleteJob(request));
   if (out.json()) {
     out.Print({{"id", id}, {"deleted", true}});
   } else {
@@ -132,6 +160,9 @@ CommandBody DeclareList(CLI::App& app) {
   app.add_option("--state", arguments->states, "Only jobs in this state; any of several")
       ->type_name("queued|planning|running|publishing|succeeded|failed|cancelled")
       ->allow_extra_args(false);
+  app.add_option("--project", arguments->project, "Only jobs of this project")
+      ->type_name("NAME")
+      ->envname("PEWTER_PROJECT");
   app.add_option("--limit", arguments->limit, "Most jobs to list, newest first")
       ->type_name("N")
       ->check(InRange(1, 1'000'000))
@@ -142,12 +173,32 @@ CommandBody DeclareList(CLI::App& app) {
   return [arguments](Output& out) { return RunList(*arguments, out); };
 }
 
+void Declare(CLI::App& app, JobArguments& arguments) {
+  app.add_option("job", arguments.ids, "Job, or several")->required()->type_name(kJobType);
+  arguments.server.Declare(app);
+}
+
 CommandBody DeclareOnJobs(CLI::App& app, JobAction act) {
   auto arguments = std::make_shared<JobArguments>();
-  app.add_option("job", arguments->ids, "Job, or several")->required()->type_name(kJobType);
-  arguments->server.Declare(app);
+  Declare(app, *arguments);
   return
       [arguments, act = std::move(act)](Output& out) { return ForEachJob(*arguments, act, out); };
+}
+
+CommandBody DeclareDelete(CLI::App& app) {
+  auto arguments = std::make_shared<DeleteArguments>();
+  Declare(app, arguments->jobs);
+  app.add_flag("--force", arguments->force, "Cancel a job that has not ended");
+  app.add_flag("--outputs", arguments->outputs,
+               "Remove its model, too: the files that the manifest names and no others");
+  return [arguments](Output& out) {
+    return ForEachJob(
+        arguments->jobs,
+        [&](Remote& remote, const std::string& id, Output& out) {
+          return Delete(*arguments, remote, id, out);
+        },
+        out);
+  };
 }
 
 }  // namespace
@@ -161,7 +212,10 @@ CommandBody DeclareJobs(CLI::App& app) {
             {"get", "Show a job in full", on_jobs(&Get)},
             {"watch", "Follow a job until it ends; exit code as of pewter merge", on_jobs(&Watch)},
             {"cancel", "Stop a job; what is finished stays at its destination", on_jobs(&Cancel)},
-            {"delete", "Forget a job that has ended; its model stays", on_jobs(&Delete)}});
+            {"retry", "Do once more what a job that has ended did; finished files are kept",
+             on_jobs(&Retry)},
+            {"delete", "Forget a job that has ended; its model stays, but for --outputs",
+             &DeclareDelete}});
 }
 
 }  // namespace pewter::client

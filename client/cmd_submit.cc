@@ -1,17 +1,17 @@
 // pewter submit: the same as pewter merge, done by a server.
 #include <cstdio>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "absl/random/random.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
+#include "absl/time/time.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "client/commands.h"
@@ -20,6 +20,7 @@
 #include "client/recipe_arguments.h"
 #include "client/recipe_paths.h"
 #include "client/remote.h"
+#include "client/run_arguments.h"
 #include "client/transfer.h"
 
 namespace pewter::client {
@@ -33,6 +34,9 @@ struct Arguments {
   std::string output;
   std::vector<std::string> labels;
   int priority = 0;
+  std::string project;
+  std::string queue_deadline, run_deadline, total_deadline;
+  std::string on_existing;
   std::string request_id;
   bool wait = false;
   bool overwrite = false;
@@ -43,11 +47,21 @@ struct Arguments {
   bool Uploads() const { return upload == "always" || (upload == "auto" && !server.IsLocal()); }
 };
 
-// Makes a call that is repeated after a lost connection create one job.
-std::string RandomRequestId() {
-  absl::BitGen random;
-  return absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(random),
-                         absl::Uniform<uint64_t>(random));
+// "90s", "15m", "2h30m"; absent when the text is empty.
+absl::Status SetDeadline(absl::string_view option, const std::string& text,
+                         const std::function<google::protobuf::Duration*()>& deadline) {
+  if (text.empty()) return absl::OkStatus();
+  absl::Duration duration;
+  if (!absl::ParseDuration(text, &duration) || duration <= absl::ZeroDuration() ||
+      duration == absl::InfiniteDuration()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(option, " ", text, ": write a time as 90s, 15m or 2h30m"));
+  }
+  absl::Duration rest;
+  google::protobuf::Duration& out = *deadline();
+  out.set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &rest));
+  out.set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(rest)));
+  return absl::OkStatus();
 }
 
 // The recipe with its local models uploaded. What is not on this machine is a path of the server.
@@ -107,6 +121,18 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Rem
   request.set_request_id(arguments.request_id.empty() ? RandomRequestId() : arguments.request_id);
   for (const auto& [key, value] : labels) (*request.mutable_labels())[key] = value;
   request.set_priority(arguments.priority);
+  request.set_project(arguments.project);
+  RETURN_IF_ERROR(SetDeadline("--queue-deadline", arguments.queue_deadline,
+                              [&] { return request.mutable_queue_deadline(); }));
+  RETURN_IF_ERROR(SetDeadline("--run-deadline", arguments.run_deadline,
+                              [&] { return request.mutable_run_deadline(); }));
+  RETURN_IF_ERROR(SetDeadline("--total-deadline", arguments.total_deadline,
+                              [&] { return request.mutable_total_deadline(); }));
+  request.set_on_existing(arguments.on_existing == "fail" ? v1::ON_EXISTING_FAIL
+                          : arguments.on_existing == "reuse_if_identical"
+                              ? v1::ON_EXISTING_REUSE_IF_IDENTICAL
+                          : arguments.on_existing == "new_version" ? v1::ON_EXISTING_NEW_VERSION
+                                                                   : v1::ON_EXISTING_UNSPECIFIED);
   v1::MergeOptions& options = *request.mutable_options();
   options.set_memory_bytes(plan.memory_bytes);
   options.set_threads(plan.threads);
@@ -134,7 +160,9 @@ absl::StatusOr<v1::CreateJobRequest> MakeRequest(const Arguments& arguments, Rem
 absl::StatusOr<int> RunSubmit(const Arguments& arguments, Output& out) {
   ASSIGN_OR_RETURN(Remote remote, Remote::Open(arguments.server));
   ASSIGN_OR_RETURN(const v1::CreateJobRequest request, MakeRequest(arguments, remote, out));
-  ASSIGN_OR_RETURN(const v1::Job job, remote.CreateJob(request));
+  const absl::StatusOr<v1::Job> created = remote.CreateJob(request);
+  if (!created.ok()) return arguments.recipe.NameFile(created.status());
+  const v1::Job& job = *created;
   if (!arguments.wait) {
     if (out.json()) {
       out.Print(ToJson(job));
@@ -171,10 +199,24 @@ CommandBody DeclareSubmit(CLI::App& app) {
       ->type_name("N")
       ->check(InRange(-1000, 1000))
       ->capture_default_str();
+  app.add_option("--project", arguments->project, "Project of the job; default: default")
+      ->type_name("NAME")
+      ->envname("PEWTER_PROJECT");
+  app.add_option("--queue-deadline", arguments->queue_deadline,
+                 "The job fails when no worker has taken it by then, as 90s or 2h30m")
+      ->type_name("TIME");
+  app.add_option("--run-deadline", arguments->run_deadline,
+                 "The job fails when an attempt takes longer")
+      ->type_name("TIME");
+  app.add_option("--total-deadline", arguments->total_deadline,
+                 "The job fails when it is not done so long after it was submitted")
+      ->type_name("TIME");
   app.add_option("--request-id", arguments->request_id,
                  "Submitting again with the same id gives the same job; default: random")
       ->type_name("ID");
-  app.add_flag("--overwrite", arguments->overwrite, "Replace what is at OUT");
+  CLI::Option* const overwrite =
+      app.add_flag("--overwrite", arguments->overwrite, "Replace what is at OUT");
+  DeclareOnExisting(app, arguments->on_existing)->excludes(overwrite);
   app.add_flag("--allow-nonfinite", arguments->allow_nonfinite,
                "Go on when an input holds NaN or infinity");
   app.add_option("--upload", arguments->upload,

@@ -77,6 +77,10 @@ std::string DescribeChange(const v1::JobEvent& event) {
 }
 
 std::string OutputText(const v1::JobOutput& output) {
+  if (output.reused()) {
+    return absl::StrCat(output.uri(),
+                        " holds the model of this plan already; nothing was merged\n");
+  }
   const double seconds = output.elapsed_seconds();
   return absl::StrCat(
       "Merged into ", output.uri(), "\n  ", FormatBytes(output.written_bytes()), " in ",
@@ -120,7 +124,16 @@ std::string JobToText(const v1::Job& job) {
   table.Add({"State", StateText(job)});
   table.Add({"Destination", job.destination_uri()});
   table.Add({"Labels", LabelsText(job)});
+  table.Add({"Project", job.project()});
   table.Add({"Priority", absl::StrCat(job.priority())});
+  for (const auto& [name, limit] : {std::pair("Queue deadline", &job.queue_deadline()),
+                                    std::pair("Run deadline", &job.run_deadline()),
+                                    std::pair("Total deadline", &job.total_deadline())}) {
+    if (limit->seconds() == 0 && limit->nanos() == 0) continue;
+    table.Add({name, absl::FormatDuration(absl::Seconds(limit->seconds()) +
+                                          absl::Nanoseconds(limit->nanos()))});
+  }
+  if (!job.retry_of().empty()) table.Add({"Retry of", job.retry_of()});
   if (!job.request_id().empty()) table.Add({"Request", job.request_id()});
   table.Add({"Attempt", absl::StrCat(job.attempt())});
   table.Add({"Created", FormatTime(job.create_time())});
@@ -130,7 +143,10 @@ std::string JobToText(const v1::Job& job) {
   if (job.has_progress() && job.progress().total_bytes() > 0) {
     table.Add({"Progress", RenderLine(ToProgress(job.progress(), job.state()))});
   }
-  if (job.has_output()) table.Add({"Fingerprint", job.output().fingerprint()});
+  if (job.has_output()) {
+    if (job.output().uri() != job.destination_uri()) table.Add({"Output", job.output().uri()});
+    table.Add({"Fingerprint", job.output().fingerprint()});
+  }
   std::string text = table.ToString();
   if (job.has_error()) absl::StrAppend(&text, "\nError\n  ", job.error().message(), "\n");
   if (job.warnings_size() > 0) {

@@ -14,9 +14,12 @@
 #include <vector>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/random/random.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
 #include "base/digest.h"
 #include "base/nearest.h"
@@ -24,6 +27,7 @@
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
 #include "grpcpp/grpcpp.h"
+#include "merge/recipe/problems.h"
 #include "store/resource_name.h"
 
 namespace pewter::client {
@@ -35,6 +39,8 @@ using std::chrono::seconds;
 using std::chrono::steady_clock;
 
 constexpr seconds kCallTimeout{30};
+// The server waits for a job to stop, and removes files.
+constexpr seconds kDeleteTimeout{300};
 constexpr int kCallAttempts = 5;
 constexpr milliseconds kFirstDelay{100};
 constexpr milliseconds kLongestDelay{5000};
@@ -72,10 +78,15 @@ absl::Status ToStatus(const grpc::Status& status, absl::string_view address) {
     for (const auto& any : details.details()) {
       google::rpc::BadRequest bad;
       if (!any.UnpackTo(&bad)) continue;
+      // A line for each, in full: the message may be cut.
+      std::vector<std::string> lines;
       for (const auto& violation : bad.field_violations()) {
-        if (message.find(violation.description()) != std::string::npos) continue;
-        absl::StrAppend(&message, "\n  ", violation.field(), ": ", violation.description());
+        const bool placed = PositionIn(violation.description()).line > 0;
+        lines.push_back(placed || violation.field().empty()
+                            ? violation.description()
+                            : absl::StrCat(violation.field(), ": ", violation.description()));
       }
+      if (!lines.empty()) message = absl::StrJoin(lines, "\n");
     }
   }
   const auto code = static_cast<absl::StatusCode>(status.error_code());
@@ -139,11 +150,12 @@ std::string UploadId(const v1::BlobDigest& digest) {
 template <class Stub, class Request, class Response>
 absl::Status Call(Stub& stub, absl::string_view address,
                   grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
-                  const Request& request, Response* response, int attempts = kCallAttempts) {
+                  const Request& request, Response* response, int attempts = kCallAttempts,
+                  seconds timeout = kCallTimeout) {
   Backoff backoff;
   for (int attempt = 1;; ++attempt) {
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + kCallTimeout);
+    context.set_deadline(std::chrono::system_clock::now() + timeout);
     const grpc::Status status = (stub.*method)(&context, request, response);
     if (status.error_code() != grpc::StatusCode::UNAVAILABLE || attempt >= attempts) {
       return ToStatus(status, address);
@@ -234,13 +246,17 @@ absl::StatusOr<v1::Job> Remote::CancelJob(const std::string& id) {
   return std::move(*response.mutable_job());
 }
 
-absl::Status Remote::DeleteJob(const std::string& id) {
-  v1::DeleteJobRequest request;
-  request.set_job_id(id);
+absl::StatusOr<v1::Job> Remote::RetryJob(const v1::RetryJobRequest& request) {
+  v1::RetryJobResponse response;
+  RETURN_IF_ERROR(Call(*stub_, address_, &v1::MergeService::Stub::RetryJob, request, &response));
+  return std::move(*response.mutable_job());
+}
+
+absl::Status Remote::DeleteJob(const v1::DeleteJobRequest& request) {
   v1::DeleteJobResponse response;
   // Not idempotent: a repeated call could say that there is no such job.
   return Call(*stub_, address_, &v1::MergeService::Stub::DeleteJob, request, &response,
-              /*attempts=*/1);
+              /*attempts=*/1, /*timeout=*/kDeleteTimeout);
 }
 
 absl::StatusOr<v1::JobStateChange> Remote::Watch(
@@ -457,6 +473,12 @@ absl::Status Remote::Download(const std::string& resource_name, int64_t offset, 
     if (!backoff.Wait(stop)) return absl::CancelledError("interrupted");
   }
   return absl::OkStatus();
+}
+
+std::string RandomRequestId() {
+  absl::BitGen random;
+  return absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(random),
+                         absl::Uniform<uint64_t>(random));
 }
 
 bool IsFinal(v1::JobState state) {

@@ -44,7 +44,9 @@ class Remote {
   absl::StatusOr<v1::Job> GetJob(const std::string& id);
   absl::StatusOr<v1::ListJobsResponse> ListJobs(const v1::ListJobsRequest& request);
   absl::StatusOr<v1::Job> CancelJob(const std::string& id);
-  absl::Status DeleteJob(const std::string& id);
+  // `request.request_id` must be set.
+  absl::StatusOr<v1::Job> RetryJob(const v1::RetryJobRequest& request);
+  absl::Status DeleteJob(const v1::DeleteJobRequest& request);
 
   // Calls back for each event, in order and without gaps, until the job is final; returns the
   // change that made it so. `on_lost` is told when the connection is lost and will be tried again.
@@ -62,9 +64,9 @@ class Remote {
   absl::Status DeleteArtifact(const std::string& uri);
 
   // Sends the file at `path` as the blob of that digest, from where the server has it on: also from
-  // where an earlier process has stopped. `on_progress` is told how much the server has, and then what is sent.
-  // DataLoss when what arrives is not what the digest says, twice; Cancelled when `stop` is asked
-  // to; Unavailable when nothing moves for minutes.
+  // where an earlier process has stopped. `on_progress` is told how much the server has, and then
+  // what is sent. DataLoss when what arrives is not what the digest says, twice; Cancelled when
+  // `stop` is asked to; Unavailable when nothing moves for minutes.
   absl::Status Upload(const std::string& path, const v1::BlobDigest& digest,
                       const std::function<void(int64_t committed)>& on_progress,
                       std::stop_token stop);
@@ -85,6 +87,9 @@ class Remote {
   std::unique_ptr<google::bytestream::ByteStream::Stub> bytes_;
   std::unique_ptr<v1::MergeService::Stub> stub_;
 };
+
+// For request_id: a call that is repeated after a lost connection has its effect once.
+std::string RandomRequestId();
 
 bool IsFinal(v1::JobState state);
 // "RUNNING".

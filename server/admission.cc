@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "base/status.h"
+#include "merge/recipe/problems.h"
 #include "server/convert.h"
 #include "server/digest.h"
 #include "server/errors.h"
@@ -29,12 +30,20 @@ constexpr size_t kMaxUri = 4096;
 constexpr int kMaxPriority = 1000;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxOverrides = 1000;
+constexpr int64_t kMaxDeadlineSeconds = 10 * 366 * 86'400;
 
 class Violations {
  public:
-  void Add(absl::string_view reason, absl::string_view field, std::string description) {
+  void Add(absl::string_view reason, absl::string_view field, std::string description,
+           TextPosition at = {}) {
     if (list_.empty()) reason_ = std::string(reason);
-    list_.push_back({std::string(field), std::move(description)});
+    list_.push_back({std::string(field), std::move(description), at.line, at.column});
+  }
+  // Of the recipe's text.
+  void AddProblems(const absl::Status& status) {
+    for (RecipeProblem& problem : ProblemsOf(status)) {
+      Add("RECIPE_INVALID", "recipe", std::move(problem.message), problem.at);
+    }
   }
   // The reason is that of the first violation.
   absl::Status ToStatus() const {
@@ -102,7 +111,8 @@ void CheckPaths(const std::vector<RecipePath>& paths, Violations& violations) {
         absl::StrCat(path.at.ToString(), ": model \"", path.path,
                      "\" is neither an absolute path nor a file://, s3://, hf:// or artifact:// "
                      "URI, and the server has no working directory of yours; write ",
-                     "/PATH/", path.path, " or hf://", path.path));
+                     "/PATH/", path.path, " or hf://", path.path),
+        path.at);
   }
 }
 
@@ -130,6 +140,17 @@ void CheckLabels(const google::protobuf::Map<std::string, std::string>& labels,
   }
 }
 
+// Absent, or positive.
+void CheckDeadline(bool given, const google::protobuf::Duration& deadline, absl::string_view field,
+                   Violations& violations) {
+  if (!given) return;
+  const bool valid = std::abs(int64_t{deadline.nanos()}) < 1'000'000'000 &&
+                     deadline.seconds() >= 0 && deadline.nanos() >= 0 &&
+                     deadline.seconds() <= kMaxDeadlineSeconds &&
+                     (deadline.seconds() > 0 || deadline.nanos() > 0);
+  if (!valid) violations.Add("FIELD_INVALID", field, "must be positive, and at most ten years");
+}
+
 }  // namespace
 
 absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPolicy& access) {
@@ -145,6 +166,25 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPo
       !std::all_of(request_id.begin(), request_id.end(), absl::ascii_isgraph)) {
     violations.Add("FIELD_INVALID", "request_id",
                    absl::StrCat("must be at most ", kMaxRequestId, " printable characters"));
+  }
+
+  const std::string project = request.project().empty() ? kDefaultProject : request.project();
+  if (!IsProjectId(project)) {
+    violations.Add("FIELD_INVALID", "project",
+                   "must be 1 to 63 of a-z, 0-9 and '-', begin with a letter and not end with '-'");
+  }
+  CheckDeadline(request.has_queue_deadline(), request.queue_deadline(), "queue_deadline",
+                violations);
+  CheckDeadline(request.has_run_deadline(), request.run_deadline(), "run_deadline", violations);
+  CheckDeadline(request.has_total_deadline(), request.total_deadline(), "total_deadline",
+                violations);
+  if (!v1::OnExisting_IsValid(request.on_existing())) {
+    violations.Add("FIELD_INVALID", "on_existing",
+                   absl::StrCat(request.on_existing(), " is not a value of OnExisting"));
+  } else if (request.options().overwrite() &&
+             request.on_existing() != v1::ON_EXISTING_UNSPECIFIED) {
+    violations.Add("FIELD_INVALID", "on_existing",
+                   "says what to do with what is there, and so does options.overwrite; give one");
   }
 
   const std::string& destination = request.destination_uri();
@@ -166,6 +206,10 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPo
                                    : std::string(artifact.status().message()));
     } else {
       key = artifact->ToString();
+      if (request.on_existing() == v1::ON_EXISTING_NEW_VERSION) {
+        violations.Add("DESTINATION_INVALID", "destination_uri",
+                       "an artifact has no versions below it; write a folder or an s3:// URI");
+      }
     }
   } else {
     key = PlaceKey(destination);
@@ -185,7 +229,7 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPo
   if (CheckRecipeText(request.recipe(), violations)) {
     const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
     if (!recipe.ok()) {
-      violations.Add("RECIPE_INVALID", "recipe", std::string(recipe.status().message()));
+      violations.AddProblems(recipe.status());
     } else {
       stages = !recipe->stages.empty();
       paths = PathsOf(*recipe);
@@ -213,10 +257,42 @@ absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPo
   *admitted.job.mutable_labels() = request.labels();
   admitted.job.set_priority(request.priority());
   *admitted.job.mutable_options() = request.options();
+  admitted.job.set_project(project);
+  if (request.has_queue_deadline()) {
+    *admitted.job.mutable_queue_deadline() = request.queue_deadline();
+  }
+  if (request.has_run_deadline()) *admitted.job.mutable_run_deadline() = request.run_deadline();
+  if (request.has_total_deadline()) {
+    *admitted.job.mutable_total_deadline() = request.total_deadline();
+  }
+  admitted.job.set_on_existing(request.on_existing());
   v1::CreateJobRequest body = request;
   body.clear_request_id();
   admitted.request_digest = DigestOf(body);
   admitted.destination_key = *key;
+  return admitted;
+}
+
+absl::StatusOr<NewJob> AdmitRetry(const v1::RetryJobRequest& request, const v1::Job& job,
+                                  const AccessPolicy& access) {
+  v1::CreateJobRequest again;
+  again.set_recipe(job.recipe());
+  again.set_destination_uri(job.destination_uri());
+  again.set_request_id(request.request_id());
+  *again.mutable_labels() = job.labels();
+  again.set_priority(job.priority());
+  *again.mutable_options() = job.options();
+  again.set_project(job.project());
+  if (job.has_queue_deadline()) *again.mutable_queue_deadline() = job.queue_deadline();
+  if (job.has_run_deadline()) *again.mutable_run_deadline() = job.run_deadline();
+  if (job.has_total_deadline()) *again.mutable_total_deadline() = job.total_deadline();
+  again.set_on_existing(job.on_existing());
+  ASSIGN_OR_RETURN(NewJob admitted, Admit(again, access));
+  admitted.job.set_retry_of(job.id());
+  // Not that of the CreateJob which would make the same job.
+  v1::RetryJobRequest body = request;
+  body.clear_request_id();
+  admitted.request_digest = absl::StrCat("retry ", DigestOf(body));
   return admitted;
 }
 

@@ -15,6 +15,10 @@ namespace pewter::server {
 // The job to create, with a new id.
 absl::StatusOr<NewJob> Admit(const v1::CreateJobRequest& request, const AccessPolicy& access);
 
+// The same from what the store has of `job`, which the operator may by now no longer allow.
+absl::StatusOr<NewJob> AdmitRetry(const v1::RetryJobRequest& request, const v1::Job& job,
+                                  const AccessPolicy& access);
+
 absl::Status CheckListJobs(const v1::ListJobsRequest& request);
 
 // Recipe errors are not violations of a PlanMergeRequest: they are its answer.

@@ -652,7 +652,7 @@ absl::StatusOr<v1::Artifact> DescribeJobOutput(const v1::Job& job) {
                      absl::StrCat("job ", job.id(), " has no output: it has not succeeded"),
                      {{"job_id", job.id()}});
   }
-  return DescribeManifest(job.destination_uri(), job.output().manifest_json(),
+  return DescribeManifest(job.output().uri(), job.output().manifest_json(),
                           {.kind = ResourceName::Kind::kJobFile, .id = job.id()});
 }
 
@@ -661,12 +661,36 @@ absl::StatusOr<ArtifactManager::Object> FindJobFile(const v1::Job& job, absl::st
   // Only what the job has written: its destination may hold other files.
   for (const v1::ArtifactFile& file : artifact.files()) {
     if (file.path() != path) continue;
-    ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store, OpenStore(job.destination_uri()));
+    ASSIGN_OR_RETURN(std::shared_ptr<ObjectStore> store, OpenStore(job.output().uri()));
     return ArtifactManager::Object{std::move(store), std::string(path), file.digest().size_bytes()};
   }
   return MakeError(absl::StatusCode::kNotFound, "ARTIFACT_NOT_FOUND",
                    absl::StrCat("job ", job.id(), " has written no ", path),
                    {{"job_id", job.id()}});
+}
+
+absl::Status DeleteJobOutput(const v1::Job& job) {
+  const v1::JobOutput& output = job.output();
+  ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store, OpenStore(output.uri()));
+  const absl::StatusOr<std::string> there = FingerprintOfModel(*store);
+  bool changed = there.ok() && *there != output.fingerprint();
+  if (absl::IsNotFound(there.status())) {
+    // Perhaps a deletion was interrupted after the manifest; or a run has begun to replace it.
+    const absl::StatusOr<ObjectStat> unfinished = store->Stat(kStateFile);
+    if (!unfinished.ok() && !absl::IsNotFound(unfinished.status())) return unfinished.status();
+    changed = unfinished.ok();
+  } else {
+    RETURN_IF_ERROR(there.status());
+  }
+  if (changed) {
+    return WithPrecondition(
+        MakeError(absl::StatusCode::kFailedPrecondition, "OUTPUT_CHANGED",
+                  absl::StrCat(output.uri(), " does not hold the model of job ", job.id(),
+                               " any more; delete the job without its output"),
+                  {{"job_id", job.id()}, {"uri", output.uri()}}),
+        "OUTPUT", output.uri());
+  }
+  return RemoveModel(*store, output.manifest_json());
 }
 
 }  // namespace pewter::server

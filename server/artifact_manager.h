@@ -146,6 +146,10 @@ class ArtifactManager::Upload {
   std::unique_ptr<Hash> hash_;
 };
 
+// Removes the model that a job has left at its destination, unless another one is there by now:
+// FailedPrecondition (OUTPUT_CHANGED). Nothing happens when it is gone.
+absl::Status DeleteJobOutput(const v1::Job& job);
+
 // The files of what a job has left at its destination, and one of them.
 absl::StatusOr<v1::Artifact> DescribeJobOutput(const v1::Job& job);
 absl::StatusOr<ArtifactManager::Object> FindJobFile(const v1::Job& job, absl::string_view path);

@@ -10,6 +10,7 @@
 #include "absl/strings/strip.h"
 #include "base/dtype_names.h"
 #include "base/reason.h"
+#include "merge/recipe/problems.h"
 #include "merge/recipe/referenced_models.h"
 #include "server/errors.h"
 
@@ -42,16 +43,6 @@ absl::string_view ReasonForCode(absl::StatusCode code) {
     default:
       return "INTERNAL";
   }
-}
-
-// Parses "recipe:12:7: ..." as ParseRecipe writes it.
-TextPosition PositionIn(absl::string_view message) {
-  TextPosition at;
-  if (!absl::ConsumePrefix(&message, "recipe:")) return at;
-  const std::vector<absl::string_view> parts = absl::StrSplit(message, absl::MaxSplits(':', 2));
-  if (parts.size() < 2 || !absl::SimpleAtoi(parts[0], &at.line)) return {};
-  if (!absl::SimpleAtoi(parts[1], &at.column)) at.column = 0;
-  return at;
 }
 
 void SetValue(const ParamValue& value, google::protobuf::Value* out) {
@@ -221,15 +212,28 @@ v1::Progress ToProgress(const Progress& progress) {
   return result;
 }
 
-v1::JobOutput ToOutput(const Manifest& manifest, const std::string& uri) {
+v1::JobOutput ToOutput(const PlacedManifest& placed) {
+  const Manifest& manifest = placed.manifest;
   v1::JobOutput output;
-  output.set_uri(uri);
+  output.set_uri(placed.output);
   output.set_manifest_json(manifest.json);
   output.set_fingerprint(manifest.fingerprint);
   output.set_written_bytes(manifest.bytes_written);
   output.set_shards_reused(manifest.shards_reused);
   output.set_elapsed_seconds(manifest.seconds);
+  output.set_reused(placed.reused);
   return output;
+}
+
+OnExisting ToOnExisting(v1::OnExisting on_existing) {
+  switch (on_existing) {
+    case v1::ON_EXISTING_REUSE_IF_IDENTICAL:
+      return OnExisting::kReuseIfIdentical;
+    case v1::ON_EXISTING_NEW_VERSION:
+      return OnExisting::kNewVersion;
+    default:
+      return OnExisting::kFail;
+  }
 }
 
 v1::MethodInfo ToMethodInfo(const MergeMethod& method) {
@@ -262,17 +266,19 @@ v1::JobError ToJobError(const absl::Status& status) {
   return error;
 }
 
-v1::Finding ToFinding(const absl::Status& status) {
+std::vector<v1::Finding> ToFindings(const absl::Status& status) {
   const v1::JobError error = ToJobError(status);
-  const TextPosition at = PositionIn(status.message());
-  v1::Finding finding;
-  finding.set_severity(v1::FINDING_SEVERITY_ERROR);
-  finding.set_code(error.code());
-  finding.set_reason(error.reason());
-  finding.set_message(error.message());
-  finding.set_line(at.line);
-  finding.set_column(at.column);
-  return finding;
+  std::vector<v1::Finding> findings;
+  for (const RecipeProblem& problem : ProblemsOf(status)) {
+    v1::Finding& finding = findings.emplace_back();
+    finding.set_severity(v1::FINDING_SEVERITY_ERROR);
+    finding.set_code(error.code());
+    finding.set_reason(error.reason());
+    finding.set_message(problem.message);
+    finding.set_line(problem.at.line);
+    finding.set_column(problem.at.column);
+  }
+  return findings;
 }
 
 v1::Finding ToWarning(const std::string& message) {

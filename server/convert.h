@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "merge/engine/existing_output.h"
 #include "merge/engine/run.h"
 #include "merge/methods/adapter_method.h"
 #include "merge/methods/method.h"
@@ -29,13 +30,15 @@ std::vector<RecipePath> PathsOf(const Recipe& recipe);
 
 v1::JobState ToState(Phase phase);
 v1::Progress ToProgress(const Progress& progress);
-v1::JobOutput ToOutput(const Manifest& manifest, const std::string& uri);
+v1::JobOutput ToOutput(const PlacedManifest& placed);
+OnExisting ToOnExisting(v1::OnExisting on_existing);
 v1::MethodInfo ToMethodInfo(const MergeMethod& method);
 v1::MethodInfo ToMethodInfo(const AdapterMethod& method);
 
 // What a status of the merge library says to a client: the code as it is, and a reason for it.
 v1::JobError ToJobError(const absl::Status& status);
-v1::Finding ToFinding(const absl::Status& status);
+// One for each problem that the status tells.
+std::vector<v1::Finding> ToFindings(const absl::Status& status);
 v1::Finding ToWarning(const std::string& message);
 
 // With the tensors from `first` on, at most `count`.

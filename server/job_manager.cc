@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -11,12 +12,13 @@
 #include "absl/time/clock.h"
 #include "base/status.h"
 #include "server/admission.h"
+#include "server/artifact_manager.h"
 #include "server/clock.h"
 #include "server/digest.h"
 #include "server/errors.h"
-#include "server/jobs/job_rules.h"
 #include "server/jobs/job_state.h"
 #include "server/log.h"
+#include "server/proto_time.h"
 #include "server/random_token.h"
 
 namespace pewter::server {
@@ -75,12 +77,6 @@ absl::Status DrainingError() {
                    absl::Seconds(1));
 }
 
-void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
-  out->set_seconds(absl::ToInt64Seconds(duration));
-  out->set_nanos(static_cast<int32_t>(
-      absl::ToInt64Nanoseconds(duration - absl::Seconds(absl::ToInt64Seconds(duration)))));
-}
-
 }  // namespace
 
 JobManager::JobManager(std::unique_ptr<JobStore> store, const JobManagerOptions& options)
@@ -128,6 +124,17 @@ void JobManager::Drain(absl::Duration grace) {
 
 absl::StatusOr<v1::Job> JobManager::Create(const v1::CreateJobRequest& request) {
   ASSIGN_OR_RETURN(const NewJob admitted, Admit(request, options_.access));
+  return Enqueue(admitted);
+}
+
+absl::StatusOr<v1::Job> JobManager::Retry(const v1::RetryJobRequest& request) {
+  ASSIGN_OR_RETURN(const v1::Job job, store_->Get(request.job_id()));
+  if (!IsFinal(job.state())) return JobNotFinal(job);
+  ASSIGN_OR_RETURN(const NewJob admitted, AdmitRetry(request, job, options_.access));
+  return Enqueue(admitted);
+}
+
+absl::StatusOr<v1::Job> JobManager::Enqueue(const NewJob& admitted) {
   if (draining()) return DrainingError();
   ASSIGN_OR_RETURN(JobStore::Created created, store_->Create(admitted, options_.queue_limit));
   if (created.is_new) {
@@ -179,18 +186,54 @@ absl::StatusOr<v1::Job> JobManager::Cancel(absl::string_view id) {
 void JobManager::CancelWorker(absl::string_view id, Worker& worker) {
   if (worker.cancel) return;
   worker.cancel = true;
-  worker.cancel_deadline = BootClock() + options_.cancel_grace;
+  StopWorker(id, worker);
+}
+
+void JobManager::StopWorker(absl::string_view id, Worker& worker) {
+  worker.stop_deadline = std::min(worker.stop_deadline, BootClock() + options_.cancel_grace);
   // It has done nothing yet that would have to be ended in order.
   if (!worker.started) executor_->Cancel(id, Executor::CancelMode::kKill);
   woken_ = true;
   schedule_.Signal();
 }
 
-absl::Status JobManager::Delete(absl::string_view id) {
+absl::Status JobManager::Delete(const v1::DeleteJobRequest& request,
+                                const std::function<bool()>& cancelled) {
+  const std::string& id = request.job_id();
+  ASSIGN_OR_RETURN(v1::Job job, store_->Get(id));
+  if (request.force() && !IsFinal(job.state())) {
+    RETURN_IF_ERROR(Cancel(id).status());
+    ASSIGN_OR_RETURN(job, WaitForEnd(id, cancelled));
+  }
+  if (!IsFinal(job.state())) return JobNotFinal(job);
+  if (request.delete_outputs() && job.has_output()) {
+    // What is asked for may be allowed no more.
+    RETURN_IF_ERROR(options_.access.CheckWrite(job.output().uri()));
+    RETURN_IF_ERROR(DeleteJobOutput(job));
+    Log(LogLevel::kInfo, "output deleted", {{"job", id}, {"uri", job.output().uri()}});
+  }
   RETURN_IF_ERROR(store_->Delete(id));
   hub_.PublishGone(id);
-  Log(LogLevel::kInfo, "job deleted", {{"job", std::string(id)}});
+  Log(LogLevel::kInfo, "job deleted", {{"job", id}});
   return absl::OkStatus();
+}
+
+absl::StatusOr<v1::Job> JobManager::WaitForEnd(const std::string& id,
+                                               const std::function<bool()>& cancelled) {
+  const absl::Duration end = BootClock() + options_.delete_wait;
+  ASSIGN_OR_RETURN(WatchHub::Watch watch, hub_.Subscribe(id));
+  while (true) {
+    ASSIGN_OR_RETURN(v1::Job job, store_->Get(id));
+    if (IsFinal(job.state())) return job;
+    if (BootClock() >= end) return WithRetry(JobNotFinal(job), absl::Seconds(5));
+    if (cancelled()) return absl::CancelledError("the client is gone");
+    if (watch
+            .Wait(job.sequence(), /*progress_version=*/std::numeric_limits<int64_t>::max(),
+                  kPollInterval)
+            .closed) {
+      return DrainingError();
+    }
+  }
 }
 
 absl::Status JobManager::Watch(const v1::WatchJobRequest& request,
@@ -312,8 +355,8 @@ absl::StatusOr<v1::ClaimJobResponse> JobManager::Claim(absl::string_view token,
     absl::MutexLock lock(&mutex_);
     if (worker->started) return LeaseLost(id);
     if (draining_) return DrainingError();
-    if (worker->cancel) {
-      return MakeError(absl::StatusCode::kCancelled, "CANCELLED_BY_CLIENT", "the job was cancelled",
+    if (worker->cancel || worker->overdue) {
+      return MakeError(absl::StatusCode::kCancelled, "JOB_STOPPED", "the job is not to be done",
                        {{"job_id", id}});
     }
   }
@@ -358,6 +401,8 @@ absl::StatusOr<v1::HeartbeatResponse> JobManager::Heartbeat(absl::string_view to
   absl::MutexLock lock(&mutex_);
   if (worker->cancel) {
     response.set_stop(v1::STOP_REASON_CANCEL);
+  } else if (worker->overdue) {
+    response.set_stop(v1::STOP_REASON_DEADLINE);
   } else if (draining_) {
     response.set_stop(v1::STOP_REASON_DRAIN);
   }
@@ -384,10 +429,12 @@ absl::Status JobManager::Finish(absl::string_view token, const v1::FinishJobRequ
     }
     case v1::FinishJobRequest::kError: {
       change.error = request.error();
-      bool cancelled = request.error().code() == static_cast<int>(absl::StatusCode::kCancelled);
+      const bool stopped = request.error().code() == static_cast<int>(absl::StatusCode::kCancelled);
+      bool cancelled = false;
       {
         absl::MutexLock lock(&mutex_);
-        cancelled &= worker->cancel;
+        cancelled = stopped && worker->cancel;
+        if (stopped && !cancelled && worker->overdue) change.error = worker->deadline_error;
       }
       if (cancelled) change.error = CancelledError();
       status = Transition(id, worker->state,
@@ -487,7 +534,7 @@ absl::Status JobManager::OnExit(const WorkerExit& exit) {
     bool overdue = false, counts = true;
     {
       absl::MutexLock lock(&mutex_);
-      overdue = worker->killed && !worker->cancel;
+      overdue = worker->killed && !worker->cancel && !worker->overdue;
       counts = !draining_;
     }
     RETURN_IF_ERROR(GiveUp(exit.job_id, {.lease_generation = worker->generation,
@@ -533,13 +580,32 @@ void JobManager::Schedule() {
       woken_ = false;
     }
     // What comes first may make work for what comes after.
-    absl::Duration wait = KillOverdueWorkers();
+    absl::Duration wait = StopOverdueJobs();
+    wait = std::min(wait, KillOverdueWorkers());
     wait = std::min(wait, KeepLeasesOfStarting());
-    wait = std::min(wait, GiveUpExpired());
+    wait = std::min(wait, LookAround());
     wait = std::min(wait, StartWorkers());
     absl::MutexLock lock(&mutex_);
     if (!woken_ && !stopping_) schedule_.WaitWithTimeout(&mutex_, wait);
   }
+}
+
+absl::Duration JobManager::StopOverdueJobs() {
+  absl::MutexLock lock(&mutex_);
+  const absl::Duration now = BootClock();
+  absl::Duration wait = absl::InfiniteDuration();
+  for (const auto& [id, worker] : workers_) {
+    if (worker->overdue) continue;
+    if (worker->job_deadline <= now) {
+      Log(LogLevel::kWarning, "job misses its deadline",
+          {{"job", id}, {"reason", worker->deadline_error.reason()}});
+      worker->overdue = true;
+      StopWorker(id, *worker);
+    } else {
+      wait = std::min(wait, worker->job_deadline - now);
+    }
+  }
+  return wait;
 }
 
 absl::Duration JobManager::KillOverdueWorkers() {
@@ -548,7 +614,7 @@ absl::Duration JobManager::KillOverdueWorkers() {
   absl::Duration wait = absl::InfiniteDuration();
   for (const auto& [id, worker] : workers_) {
     if (worker->killed) continue;
-    const absl::Duration left = std::min(worker->deadline, worker->cancel_deadline) - now;
+    const absl::Duration left = std::min(worker->deadline, worker->stop_deadline) - now;
     if (left <= absl::ZeroDuration()) {
       worker->killed = true;
       executor_->Cancel(id, Executor::CancelMode::kKill);
@@ -588,15 +654,38 @@ absl::Duration JobManager::KeepLeasesOfStarting() {
   return wait;
 }
 
-absl::Duration JobManager::GiveUpExpired() {
+absl::Duration JobManager::LookAround() {
   const absl::Duration now = BootClock();
   if (now < next_look_) return next_look_ - now;
   next_look_ = now + options_.look;
+  GiveUpExpired();
+  FailOverdue();
+  return options_.look;
+}
+
+void JobManager::FailOverdue() {
+  const absl::StatusOr<std::vector<v1::Job>> overdue = store_->Overdue(kExpiredAtOnce);
+  if (!overdue.ok()) {
+    Log(LogLevel::kError, "cannot look for missed deadlines",
+        {{"error", std::string(overdue.status().message())}});
+    return;
+  }
+  for (const v1::Job& job : *overdue) {
+    const absl::StatusOr<v1::Job> failed = store_->FailOverdue(job.id());
+    if (failed.ok()) {
+      Announce(*failed);
+    } else if (absl::IsUnavailable(failed.status())) {
+      return;
+    }
+  }
+}
+
+void JobManager::GiveUpExpired() {
   const absl::StatusOr<std::vector<v1::Job>> expired = store_->Expired(kExpiredAtOnce);
   if (!expired.ok()) {
     Log(LogLevel::kError, "cannot look for expired leases",
         {{"error", std::string(expired.status().message())}});
-    return options_.look;
+    return;
   }
   for (const v1::Job& job : *expired) {
     // Of a worker of this server its own clock decides, and its exit.
@@ -610,7 +699,6 @@ absl::Duration JobManager::GiveUpExpired() {
                               "server ", job.server(), " did not renew its lease on the job"))});
     if (!status.ok()) break;
   }
-  return options_.look;
 }
 
 absl::Duration JobManager::StartWorkers() {
@@ -655,6 +743,12 @@ void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
     return;
   }
   const std::string token = RandomHex(32);
+  const JobDeadline deadline = DeadlineOf(job);
+  const auto worker = std::make_shared<Worker>(token, job.lease_generation(),
+                                               claimed + options_.start_limit, claimed);
+  worker->deadline_error = deadline.error;
+  // The attempt began by the store's clock when it was claimed by this one.
+  worker->job_deadline = claimed + (deadline.time - ToTime(job.attempt_time()));
   absl::Status status;
   {
     absl::MutexLock lock(&mutex_);
@@ -662,8 +756,7 @@ void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
     if (draining_) {
       status = absl::UnavailableError("the server stops");
     } else {
-      workers_[job.id()] = std::make_shared<Worker>(token, job.lease_generation(),
-                                                    claimed + options_.start_limit, claimed);
+      workers_[job.id()] = worker;
       status = executor_->Submit({.job_id = job.id(), .token = token});
       if (!status.ok()) workers_.erase(job.id());
     }

@@ -37,6 +37,7 @@
 #include "pewter/v1/worker_service.pb.h"
 #include "server/access_policy.h"
 #include "server/executor/executor.h"
+#include "server/jobs/job_rules.h"
 #include "server/jobs/job_store.h"
 #include "server/watch_hub.h"
 
@@ -50,6 +51,7 @@ struct JobManagerOptions {
   absl::Duration look = absl::Seconds(5);
   absl::Duration start_limit = absl::Seconds(60);        // from start to claim
   absl::Duration cancel_grace = absl::Seconds(30);       // from the wish to the kill
+  absl::Duration delete_wait = absl::Seconds(45);        // of a forced Delete for the job's end
   absl::Duration retry_delay = absl::Milliseconds(200);  // after the first loss; doubles
   int max_attempts = 5;
   int64_t queue_limit = 10'000;
@@ -75,7 +77,9 @@ class JobManager {
   absl::StatusOr<v1::Job> Get(absl::string_view id);
   absl::StatusOr<v1::ListJobsResponse> List(const v1::ListJobsRequest& request);
   absl::StatusOr<v1::Job> Cancel(absl::string_view id);
-  absl::Status Delete(absl::string_view id);
+  absl::StatusOr<v1::Job> Retry(const v1::RetryJobRequest& request);
+  // Waits for a job that `force` stops; Cancelled when `cancelled` returns true meanwhile.
+  absl::Status Delete(const v1::DeleteJobRequest& request, const std::function<bool()>& cancelled);
   // Calls `sink` with each event until the job is final (OK), `sink` returns false or `cancelled`
   // returns true (Cancelled). Blocks.
   absl::Status Watch(const v1::WatchJobRequest& request,
@@ -107,10 +111,13 @@ class JobManager {
     bool started = false;  // has called Claim
     v1::Progress progress;
     bool cancel = false;
+    v1::JobError deadline_error;  // of a job that misses its deadline
+    bool overdue = false;         // which has passed
     bool killed = false;
     // On BootClock.
     absl::Duration deadline;  // of its start, then of its next word
-    absl::Duration cancel_deadline = absl::InfiniteDuration();
+    absl::Duration job_deadline = absl::InfiniteDuration();
+    absl::Duration stop_deadline = absl::InfiniteDuration();  // after it was told to stop
     absl::Duration renewed;  // when the store was last asked to renew the lease, and did
   };
 
@@ -118,9 +125,12 @@ class JobManager {
   void Reap();
   void OnNotice(const JobNotice& notice);
   // These are the scheduler's, and return how long nothing will have to be done, at most.
+  absl::Duration StopOverdueJobs();
   absl::Duration KillOverdueWorkers();
   absl::Duration KeepLeasesOfStarting();
-  absl::Duration GiveUpExpired();
+  absl::Duration LookAround();
+  void GiveUpExpired();
+  void FailOverdue();
   absl::Duration StartWorkers();
   // `claimed`: on BootClock, not later than the claim.
   void StartWorker(const v1::Job& job, absl::Duration claimed);
@@ -138,9 +148,13 @@ class JobManager {
                                                      absl::string_view job_id);
   absl::Status CheckLease(absl::string_view job_id, const Worker& worker, int64_t generation)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(worker.turn);
+  absl::StatusOr<v1::Job> Enqueue(const NewJob& admitted);
+  absl::StatusOr<v1::Job> WaitForEnd(const std::string& id, const std::function<bool()>& cancelled);
   absl::StatusOr<v1::Job> Renew(absl::string_view id, Worker& worker)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(worker.turn);
   void CancelWorker(absl::string_view id, Worker& worker) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Its next heartbeat tells it, and it is killed when it does not stop then.
+  void StopWorker(absl::string_view id, Worker& worker) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // What a worker may count on, from now.
   absl::Duration LeaseLeft(const Worker& worker) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Moves the job along its way until it is in `state`.
@@ -165,7 +179,7 @@ class JobManager {
   bool woken_ ABSL_GUARDED_BY(mutex_) = false;  // the scheduler has something to look at
   absl::flat_hash_map<std::string, std::shared_ptr<Worker>> workers_ ABSL_GUARDED_BY(mutex_);
   // The scheduler's. On BootClock.
-  absl::Duration next_look_;        // for expired leases
+  absl::Duration next_look_;        // for what other servers let expire
   absl::Duration no_start_before_;  // after no worker could be started
   int failed_starts_ = 0;           // one after the other
 

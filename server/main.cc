@@ -47,6 +47,11 @@ int main(int argc, char** argv) {
       ->allow_extra_args(false);
   serve_command->add_option("--allow-write", serve.allow_write, "The same for what jobs write")
       ->allow_extra_args(false);
+  serve_command
+      ->add_option("--project", serve.projects,
+                   "Limits and share of a project, as nlp:running=4,queued=100,weight=2, or "
+                   "*:queued=100 for each without a rule; may be given several times")
+      ->allow_extra_args(false);
   std::string artifact_quota;
   serve_command->add_option("--artifact-quota", artifact_quota,
                             "Most that clients upload in all, as 500GB; default: no limit");

@@ -24,9 +24,15 @@ grpc::Status MergeServiceImpl::CancelJob(grpc::ServerContext*, const v1::CancelJ
   return Reply(jobs_.Cancel(request->job_id()), response->mutable_job());
 }
 
-grpc::Status MergeServiceImpl::DeleteJob(grpc::ServerContext*, const v1::DeleteJobRequest* request,
+grpc::Status MergeServiceImpl::RetryJob(grpc::ServerContext*, const v1::RetryJobRequest* request,
+                                        v1::RetryJobResponse* response) {
+  return Reply(jobs_.Retry(*request), response->mutable_job());
+}
+
+grpc::Status MergeServiceImpl::DeleteJob(grpc::ServerContext* context,
+                                         const v1::DeleteJobRequest* request,
                                          v1::DeleteJobResponse*) {
-  return ToGrpc(jobs_.Delete(request->job_id()));
+  return ToGrpc(jobs_.Delete(*request, [&] { return context->IsCancelled(); }));
 }
 
 grpc::Status MergeServiceImpl::WatchJob(grpc::ServerContext* context,

@@ -31,31 +31,37 @@ absl::StatusOr<v1::PlanMergeResponse> Planner::Plan(const v1::PlanMergeRequest& 
   const int before = running_.fetch_add(1);
   const absl::Cleanup done = [this] { running_.fetch_sub(1); };
   if (before >= max_plans_) {
-    return WithRetry(MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_PLANS",
+    return WithQuota(MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_PLANS",
                                absl::StrCat(before,
                                             " plans are being made, as many as this server "
                                             "makes at a time; try again"),
                                {{"limit", absl::StrCat(max_plans_)}}),
-                     absl::Seconds(1));
+                     "server", absl::Seconds(1));
   }
 
   v1::PlanMergeResponse response;
   const absl::StatusOr<Recipe> recipe = ToRecipe(request.recipe(), request.options());
   if (!recipe.ok()) {
-    *response.add_findings() = ToFinding(recipe.status());
+    for (v1::Finding& finding : ToFindings(recipe.status())) {
+      *response.add_findings() = std::move(finding);
+    }
     return response;
   }
   const absl::StatusOr<pewter::Plan> plan = MakePlan(*recipe, ToPlanOptions(request.options()));
   if (!plan.ok()) {
-    *response.add_findings() = ToFinding(plan.status());
+    for (v1::Finding& finding : ToFindings(plan.status())) {
+      *response.add_findings() = std::move(finding);
+    }
     for (const std::string& warning : recipe->warnings) {
       *response.add_findings() = ToWarning(warning);
     }
     return response;
   }
   if (!page.version.empty() && page.version != plan->fingerprint) {
-    return MakeError(absl::StatusCode::kFailedPrecondition, "PLAN_CHANGED",
-                     "the inputs changed since the last page; begin with the first page");
+    return WithPrecondition(
+        MakeError(absl::StatusCode::kFailedPrecondition, "PLAN_CHANGED",
+                  "the inputs changed since the last page; begin with the first page"),
+        "INPUTS", "recipe");
   }
   const int size =
       request.page_size() == 0 ? kDefaultPage : std::min(request.page_size(), kMaxPage);

@@ -146,11 +146,12 @@ absl::Status Serve(const ServeOptions& options) {
   ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
   ASSIGN_OR_RETURN(const AccessPolicy access,
                    AccessPolicy::Make(options.allow_read, options.allow_write));
+  ASSIGN_OR_RETURN(const ProjectPolicy projects, ProjectPolicy::Make(options.projects));
   RETURN_IF_ERROR(MakeFolder(options.data));
   RETURN_IF_ERROR(LockFolder(options.data));
   ASSIGN_OR_RETURN(const std::string server_id, ServerId(options.data));
   ASSIGN_OR_RETURN(const std::string database, ChooseDatabase(options));
-  ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenJobStore(database));
+  ASSIGN_OR_RETURN(std::unique_ptr<JobStore> store, OpenJobStore(database, projects));
   // Workers find it in their environment, and have no working directory of ours.
   const std::string artifact_root = ArtifactRoot(options);
   setenv(kArtifactRootVariable, artifact_root.c_str(), /*overwrite=*/1);

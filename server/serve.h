@@ -23,7 +23,8 @@ struct ServeOptions {
   std::string worker_program;  // started as `pewterd work` is; empty: this program
   // Places that jobs may read and write, as AccessPolicy has them; none: all.
   std::vector<std::string> allow_read, allow_write;
-  bool insecure = false;  // other machines may connect, without TLS
+  std::vector<std::string> projects;  // rules of ProjectPolicy
+  bool insecure = false;              // other machines may connect, without TLS
 };
 
 // Blocks until SIGTERM or SIGINT, then lets workers stop in order. Call it from the main thread

@@ -1,7 +1,5 @@
 #include "server/work.h"
 
-#include <google/protobuf/struct.pb.h>
-#include <google/protobuf/util/json_util.h>
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -23,16 +21,16 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "base/status.h"
-#include "merge/engine/manifest.h"
+#include "merge/engine/existing_output.h"
 #include "merge/engine/observer.h"
 #include "pewter/v1/worker_service.grpc.pb.h"
 #include "server/clock.h"
 #include "server/convert.h"
 #include "server/errors.h"
 #include "server/executor/local_executor.h"
+#include "server/proto_time.h"
 #include "server/stop_signals.h"
 #include "server/worker_service.h"
-#include "store/object_store.h"
 
 namespace pewter::server {
 namespace {
@@ -45,10 +43,6 @@ constexpr size_t kMaxPendingWarnings = 100;
 // Set by SIGTERM and SIGINT; the heartbeat thread looks at it.
 std::atomic<bool> g_told_to_stop = false;
 static_assert(std::atomic<bool>::is_always_lock_free);
-
-absl::Duration FromProto(const google::protobuf::Duration& duration) {
-  return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
-}
 
 // The server as this worker sees it.
 class ServerConnection {
@@ -78,7 +72,7 @@ class Lease final : public Observer {
       : server_(*server),
         job_id_(claim.job().id()),
         generation_(claim.job().lease_generation()),
-        expiry_(BootClock() + FromProto(claim.lease_duration())),
+        expiry_(BootClock() + ToDuration(claim.lease_duration())),
         thread_([this] { Beat(); }) {}
   ~Lease() override { Stop(); }
 
@@ -200,7 +194,7 @@ class Lease final : public Observer {
 
     if (status.ok()) {
       // Counted from when it was sent: never longer than the server thinks.
-      expiry_ = sent + FromProto(response.lease_duration());
+      expiry_ = sent + ToDuration(response.lease_duration());
       confirmed_ = confirms;
       if (response.stop() == v1::STOP_REASON_DRAIN) drained_ = true;
       if (response.stop() != v1::STOP_REASON_UNSPECIFIED) stop_.request_stop();
@@ -237,47 +231,22 @@ class Lease final : public Observer {
   std::thread thread_;
 };
 
-// The text of a small file of the output; empty when it is not there.
-absl::StatusOr<std::string> ReadIfThere(ObjectStore& store, absl::string_view key) {
-  absl::StatusOr<std::string> text = ReadText(store, key, int64_t{256} << 20);
-  if (absl::IsNotFound(text.status())) return std::string();
-  return text;
-}
-
-// Empty when the text is not a manifest.
-std::string FingerprintOf(const std::string& manifest_json) {
-  google::protobuf::Struct manifest;
-  if (!google::protobuf::util::JsonStringToMessage(manifest_json, &manifest).ok()) return "";
-  const auto it = manifest.fields().find("fingerprint");
-  return it == manifest.fields().end() ? "" : it->second.string_value();
-}
-
-absl::StatusOr<Manifest> RunJob(const v1::Job& job, Lease& lease) {
+absl::StatusOr<PlacedManifest> RunJob(const v1::Job& job, Lease& lease) {
   ASSIGN_OR_RETURN(const Recipe recipe, ToRecipe(job.recipe(), job.options()));
   ASSIGN_OR_RETURN(const Plan plan, MakePlan(recipe, ToPlanOptions(job.options())));
   for (const std::string& warning : plan.warnings) lease.OnWarning(warning);
-
-  ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> output, OpenStore(job.destination_uri()));
-  ASSIGN_OR_RETURN(const std::string state, ReadIfThere(*output, kStateFile));
-  const absl::StatusOr<RunState> unfinished = RunState::FromJson(state);
-  RunOptions options{.output = job.destination_uri(),
-                     .allow_nonfinite = job.options().allow_nonfinite(),
-                     .observer = &lease,
-                     .stop = lease.stop(),
-                     .may_write = [&lease](WriteKind kind) { return lease.MayWrite(kind); }};
-  if (unfinished.ok() && unfinished->fingerprint == plan.fingerprint) {
-    options.mode = OutputMode::kResume;
-  } else if (job.options().overwrite()) {
-    options.mode = OutputMode::kOverwrite;
-  }
-  // An attempt that was lost after it had published has done the job.
-  if (state.empty() && job.lease_generation() > 1) {
-    ASSIGN_OR_RETURN(const std::string manifest, ReadIfThere(*output, kManifestFile));
-    if (FingerprintOf(manifest) == plan.fingerprint) {
-      return Manifest{.json = manifest, .fingerprint = plan.fingerprint};
-    }
-  }
-  return RunPlan(plan, options);
+  const RunOptions options{
+      .output = job.destination_uri(),
+      .mode = job.options().overwrite() ? OutputMode::kOverwrite : OutputMode::kNew,
+      .allow_nonfinite = job.options().allow_nonfinite(),
+      .observer = &lease,
+      .stop = lease.stop(),
+      .may_write = [&lease](WriteKind kind) { return lease.MayWrite(kind); }};
+  return RunPlanInto(plan, options,
+                     {.on_existing = ToOnExisting(job.on_existing()),
+                      .own_unfinished = true,
+                      // An attempt that was lost after it had published has done the job.
+                      .own_finished = job.lease_generation() > 1});
 }
 
 absl::Status Finish(ServerConnection& server, Lease& lease, const v1::FinishJobRequest& request) {
@@ -321,18 +290,18 @@ absl::Status Run(const WorkOptions& options) {
   }
 
   Lease lease(&server, claim);
-  const absl::StatusOr<Manifest> manifest = RunJob(claim.job(), lease);
+  const absl::StatusOr<PlacedManifest> placed = RunJob(claim.job(), lease);
   lease.Stop();
   if (lease.lost()) return absl::AbortedError("the lease is lost");
   v1::FinishJobRequest request;
   lease.FillFinish(request);
-  if (manifest.ok()) {
-    *request.mutable_output() = ToOutput(*manifest, claim.job().destination_uri());
-    for (const std::string& warning : manifest->warnings) request.add_warnings(warning);
-  } else if (absl::IsCancelled(manifest.status()) && lease.drained()) {
+  if (placed.ok()) {
+    *request.mutable_output() = ToOutput(*placed);
+    for (const std::string& warning : placed->manifest.warnings) request.add_warnings(warning);
+  } else if (absl::IsCancelled(placed.status()) && lease.drained()) {
     request.mutable_yielded();
   } else {
-    *request.mutable_error() = ToJobError(manifest.status());
+    *request.mutable_error() = ToJobError(placed.status());
   }
   return Annotate(Finish(server, lease, request), "cannot finish the job");
 }

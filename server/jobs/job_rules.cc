@@ -8,6 +8,7 @@
 #include "base/status.h"
 #include "server/errors.h"
 #include "server/jobs/job_state.h"
+#include "server/proto_time.h"
 
 namespace pewter::server {
 namespace {
@@ -16,11 +17,9 @@ constexpr int kMostDoublings = 20;
 // By JobNotice::Kind; the last is never sent.
 constexpr absl::string_view kNoticeKinds = "eqpcd";
 
-void SetTime(absl::Time time, google::protobuf::Timestamp* out) {
-  const int64_t micros = absl::ToUnixMicros(time);
-  out->set_seconds(micros / 1'000'000);
-  out->set_nanos(static_cast<int32_t>(micros % 1'000'000) * 1000);
-}
+constexpr absl::Duration kFullQueueRetry = absl::Seconds(30);
+// A job waits so long for one more priority.
+constexpr int64_t kAgeingMs = 60'000;
 
 absl::Status CheckLease(const v1::Job& job, int64_t generation) {
   if (IsHeld(job.state()) && job.lease_generation() == generation) return absl::OkStatus();
@@ -43,8 +42,9 @@ void SetState(JobRow& row, v1::JobState state) {
   v1::Job& job = row.job;
   job.set_state(state);
   SetTime(row.now, job.mutable_update_time());
-  if (state == v1::JOB_STATE_PLANNING && !job.has_start_time()) {
-    SetTime(row.now, job.mutable_start_time());
+  if (state == v1::JOB_STATE_PLANNING) {
+    SetTime(row.now, job.mutable_attempt_time());
+    if (!job.has_start_time()) *job.mutable_start_time() = job.attempt_time();
   }
   if (IsFinal(state)) {
     job.clear_cancel_requested();
@@ -64,6 +64,39 @@ void SetState(JobRow& row, v1::JobState state) {
 void Enqueue(JobRow& row) {
   SetTime(row.now, row.job.mutable_create_time());
   SetState(row, v1::JOB_STATE_QUEUED);
+}
+
+int64_t QueueRank(const v1::Job& job) {
+  return job.priority() * kAgeingMs - absl::ToUnixMillis(ToTime(job.create_time()));
+}
+
+JobDeadline DeadlineOf(const v1::Job& job) {
+  JobDeadline first;
+  const auto consider = [&](const google::protobuf::Timestamp& from,
+                            const google::protobuf::Duration& limit, absl::string_view reason,
+                            absl::string_view what) {
+    const absl::Time time = ToTime(from) + ToDuration(limit);
+    if (time >= first.time) return;
+    first.time = time;
+    const std::string text = absl::FormatDuration(ToDuration(limit));
+    first.error.set_reason(std::string(reason));
+    first.error.set_message(absl::StrCat(what, " ", text));
+    (*first.error.mutable_metadata())["limit"] = text;
+  };
+  first.error.set_code(static_cast<int>(absl::StatusCode::kDeadlineExceeded));
+  if (job.has_total_deadline()) {
+    consider(job.create_time(), job.total_deadline(), "TOTAL_DEADLINE",
+             "the job was not done within its total_deadline of");
+  }
+  if (job.has_queue_deadline() && job.state() == v1::JOB_STATE_QUEUED && !job.has_start_time()) {
+    consider(job.create_time(), job.queue_deadline(), "QUEUE_DEADLINE",
+             "no worker took the job within its queue_deadline of");
+  }
+  if (job.has_run_deadline() && IsHeld(job.state())) {
+    consider(job.attempt_time(), job.run_deadline(), "RUN_DEADLINE",
+             "the attempt was not done within the run_deadline of");
+  }
+  return first;
 }
 
 absl::Status Claim(JobRow& row, absl::string_view server, absl::Duration lease) {
@@ -125,6 +158,11 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
     SetState(row, v1::JOB_STATE_CANCELLED);
     return absl::OkStatus();
   }
+  if (const JobDeadline deadline = DeadlineOf(job); deadline.time <= row.now) {
+    *job.mutable_error() = deadline.error;
+    SetState(row, v1::JOB_STATE_FAILED);
+    return absl::OkStatus();
+  }
   if (!lost.counts) {
     job.set_attempt(job.attempt() - 1);
     job.clear_error();
@@ -173,12 +211,21 @@ absl::Status RequestCancel(JobRow& row) {
   return absl::OkStatus();
 }
 
+absl::Status FailOverdue(JobRow& row) {
+  v1::Job& job = row.job;
+  const JobDeadline deadline = DeadlineOf(job);
+  if (job.state() != v1::JOB_STATE_QUEUED || deadline.time > row.now) {
+    return MakeError(absl::StatusCode::kAborted, "STATE_CHANGED",
+                     absl::StrCat("job ", job.id(), " does not wait beyond its deadline"),
+                     {{"job_id", job.id()}});
+  }
+  *job.mutable_error() = deadline.error;
+  SetState(row, v1::JOB_STATE_FAILED);
+  return absl::OkStatus();
+}
+
 absl::Status CheckDelete(const JobRow& row) {
-  if (IsFinal(row.job.state())) return absl::OkStatus();
-  return MakeError(absl::StatusCode::kFailedPrecondition, "JOB_NOT_FINAL",
-                   absl::StrCat("job ", row.job.id(), " is ", v1::JobState_Name(row.job.state()),
-                                "; cancel it first"),
-                   {{"job_id", row.job.id()}});
+  return IsFinal(row.job.state()) ? absl::OkStatus() : JobNotFinal(row.job);
 }
 
 std::string SpecBytes(v1::Job job) {
@@ -190,6 +237,12 @@ std::string SpecBytes(v1::Job job) {
   spec.mutable_labels()->swap(*job.mutable_labels());
   spec.set_priority(job.priority());
   if (job.has_options()) *spec.mutable_options() = std::move(*job.mutable_options());
+  spec.set_project(std::move(*job.mutable_project()));
+  spec.set_retry_of(std::move(*job.mutable_retry_of()));
+  if (job.has_queue_deadline()) *spec.mutable_queue_deadline() = job.queue_deadline();
+  if (job.has_run_deadline()) *spec.mutable_run_deadline() = job.run_deadline();
+  if (job.has_total_deadline()) *spec.mutable_total_deadline() = job.total_deadline();
+  spec.set_on_existing(job.on_existing());
   *spec.mutable_create_time() = job.create_time();
   return spec.SerializeAsString();
 }
@@ -202,6 +255,12 @@ std::string StatusBytes(v1::Job job) {
   job.clear_labels();
   job.clear_priority();
   job.clear_options();
+  job.clear_project();
+  job.clear_retry_of();
+  job.clear_queue_deadline();
+  job.clear_run_deadline();
+  job.clear_total_deadline();
+  job.clear_on_existing();
   job.clear_create_time();
   return job.SerializeAsString();
 }
@@ -211,6 +270,8 @@ absl::StatusOr<v1::Job> ParseJob(absl::string_view spec, absl::string_view statu
   if (!job.ParseFromString(absl::StrCat(spec, status))) {
     return absl::DataLossError("job database: a job's row is bad");
   }
+  // Of a version without projects.
+  if (job.project().empty()) job.set_project(kDefaultProject);
   return job;
 }
 
@@ -228,8 +289,19 @@ void Shorten(v1::Job& job) {
 }
 
 absl::Status JobNotFound(absl::string_view id) {
-  return MakeError(absl::StatusCode::kNotFound, "JOB_NOT_FOUND",
-                   absl::StrCat("there is no job ", id), {{"job_id", std::string(id)}});
+  return WithResource(
+      MakeError(absl::StatusCode::kNotFound, "JOB_NOT_FOUND", absl::StrCat("there is no job ", id),
+                {{"job_id", std::string(id)}}),
+      "pewter.v1.Job", id);
+}
+
+absl::Status JobNotFinal(const v1::Job& job) {
+  return WithPrecondition(
+      MakeError(absl::StatusCode::kFailedPrecondition, "JOB_NOT_FINAL",
+                absl::StrCat("job ", job.id(), " is ", v1::JobState_Name(job.state()),
+                             "; wait for its end or cancel it first"),
+                {{"job_id", job.id()}}),
+      "STATE", absl::StrCat("jobs/", job.id()));
 }
 
 absl::Status RequestIdReused(absl::string_view request_id, absl::string_view job_id) {
@@ -240,19 +312,33 @@ absl::Status RequestIdReused(absl::string_view request_id, absl::string_view job
       {{"request_id", std::string(request_id)}, {"existing_job", std::string(job_id)}});
 }
 
-absl::Status QueueFull(int64_t queued, int64_t limit) {
-  return WithRetry(MakeError(absl::StatusCode::kResourceExhausted, "QUEUE_FULL",
-                             absl::StrCat(queued,
-                                          " jobs are queued, as many as this server takes; try "
-                                          "again later"),
-                             {{"limit", absl::StrCat(limit)}}),
-                   absl::Seconds(30));
+absl::Status CheckQueue(absl::string_view project, int64_t queued, int64_t queue_limit,
+                        int64_t of_project, const ProjectPolicy& projects) {
+  if (queued >= queue_limit) {
+    return WithQuota(
+        MakeError(absl::StatusCode::kResourceExhausted, "QUEUE_FULL",
+                  absl::StrCat(queued,
+                               " jobs are queued, as many as this service takes; try again later"),
+                  {{"limit", absl::StrCat(queue_limit)}, {"used", absl::StrCat(queued)}}),
+        "service", kFullQueueRetry);
+  }
+  const int64_t limit = projects.LimitsOf(project).queued;
+  if (of_project < limit) return absl::OkStatus();
+  return WithQuota(MakeError(absl::StatusCode::kResourceExhausted, "QUOTA_JOBS",
+                             absl::StrCat("project ", project, " has ", of_project,
+                                          " jobs queued and may have ", limit, "; try again later"),
+                             {{"limit", absl::StrCat(limit)},
+                              {"used", absl::StrCat(of_project)},
+                              {"project", std::string(project)}}),
+                   absl::StrCat("projects/", project), kFullQueueRetry);
 }
 
 absl::Status DestinationBusy(absl::string_view job_id, absl::string_view uri) {
-  return MakeError(absl::StatusCode::kAlreadyExists, "DESTINATION_BUSY",
-                   absl::StrCat("job ", job_id, " writes ", uri, "; wait for it or cancel it"),
-                   {{"existing_job", std::string(job_id)}, {"uri", std::string(uri)}});
+  return WithResource(
+      MakeError(absl::StatusCode::kAlreadyExists, "DESTINATION_BUSY",
+                absl::StrCat("job ", job_id, " writes ", uri, "; wait for it or cancel it"),
+                {{"existing_job", std::string(job_id)}, {"uri", std::string(uri)}}),
+      "pewter.v1.Job", job_id);
 }
 
 absl::Status DatabaseUnavailable(absl::string_view message) {

@@ -43,7 +43,20 @@ absl::Status Transition(JobRow& row, v1::JobState from, v1::JobState to, const J
 absl::Status GiveUp(JobRow& row, const LostAttempt& lost);
 absl::Status AddWarnings(JobRow& row, int64_t generation, const std::vector<std::string>& warnings);
 absl::Status RequestCancel(JobRow& row);
+// QUEUED -> FAILED; Aborted (STATE_CHANGED) unless it is queued and its deadline has passed.
+absl::Status FailOverdue(JobRow& row);
 absl::Status CheckDelete(const JobRow& row);
+
+// The place of a queued job among those of its project, highest first: a minute of waiting is worth
+// one priority.
+int64_t QueueRank(const v1::Job& job);
+
+// The first of a job's deadlines that applies to its state.
+struct JobDeadline {
+  absl::Time time = absl::InfiniteFuture();
+  v1::JobError error;  // of a job that misses it
+};
+JobDeadline DeadlineOf(const v1::Job& job);
 
 // A job is kept as two messages: what never changes and what does.
 std::string SpecBytes(v1::Job job);
@@ -54,8 +67,11 @@ absl::StatusOr<v1::JobEvent> ParseEvent(absl::string_view bytes);
 void Shorten(v1::Job& job);
 
 absl::Status JobNotFound(absl::string_view id);
+absl::Status JobNotFinal(const v1::Job& job);
 absl::Status RequestIdReused(absl::string_view request_id, absl::string_view job_id);
-absl::Status QueueFull(int64_t queued, int64_t limit);
+// Whether a job of `project` may be queued beside `queued` jobs, `of_project` of them its own.
+absl::Status CheckQueue(absl::string_view project, int64_t queued, int64_t queue_limit,
+                        int64_t of_project, const ProjectPolicy& projects);
 absl::Status DestinationBusy(absl::string_view job_id, absl::string_view uri);
 absl::Status DatabaseUnavailable(absl::string_view message);
 // For a database of `version` opened by a pewterd that knows `known`.

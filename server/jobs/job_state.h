@@ -20,7 +20,8 @@ inline constexpr StateChange kStateChanges[] = {
     {v1::JOB_STATE_PLANNING, v1::JOB_STATE_QUEUED},
     {v1::JOB_STATE_RUNNING, v1::JOB_STATE_QUEUED},
     {v1::JOB_STATE_PUBLISHING, v1::JOB_STATE_QUEUED},
-    // A job fails only in a worker's hands.
+    // By a deadline, or in a worker's hands.
+    {v1::JOB_STATE_QUEUED, v1::JOB_STATE_FAILED},
     {v1::JOB_STATE_PLANNING, v1::JOB_STATE_FAILED},
     {v1::JOB_STATE_RUNNING, v1::JOB_STATE_FAILED},
     {v1::JOB_STATE_PUBLISHING, v1::JOB_STATE_FAILED},

@@ -1,6 +1,7 @@
 #include "server/jobs/job_store.h"
 
 #include <string>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -18,12 +19,13 @@ bool IsPostgres(absl::string_view database) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<JobStore>> OpenJobStore(absl::string_view database) {
+absl::StatusOr<std::unique_ptr<JobStore>> OpenJobStore(absl::string_view database,
+                                                       ProjectPolicy projects) {
   if (IsPostgres(database)) {
-    return OpenPostgresJobStore(std::string(database));
+    return OpenPostgresJobStore(std::string(database), std::move(projects));
   }
   if (absl::ConsumePrefix(&database, "sqlite:") && !database.empty()) {
-    return OpenSqliteJobStore(std::string(database));
+    return OpenSqliteJobStore(std::string(database), std::move(projects));
   }
   // Not repeated: it may hold a password.
   return absl::InvalidArgumentError(

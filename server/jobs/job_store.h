@@ -1,11 +1,11 @@
 // JobStore: the durable truth about jobs. What it has acknowledged survives a crash of the machine.
 //
-// A job's state changes only by Claim, Transition, GiveUp and RequestCancel, each a compare-and-set
-// that follows kStateChanges and appends one event; events of a job are numbered 1, 2, 3, ...
-// without gaps. Several servers may share a store: each holds what it has claimed under a lease,
-// whose time is the store's clock, and any of them may give up what another has let expire. Writes
-// for a worker are fenced: they name the generation of its lease and fail with Aborted (LEASE_LOST)
-// once the job has another one or is held no more.
+// A job's state changes only by Claim, Transition, GiveUp, RequestCancel and FailOverdue, each a
+// compare-and-set that follows kStateChanges and appends one event; events of a job are numbered 1,
+// 2, 3, ... without gaps. Several servers may share a store: each holds what it has claimed under a
+// lease, whose time is the store's clock, and any of them may give up what another has let expire.
+// Writes for a worker are fenced: they name the generation of its lease and fail with Aborted
+// (LEASE_LOST) once the job has another one or is held no more.
 //
 // Every method may be called from any thread. Common errors: NotFound (JOB_NOT_FOUND), Unavailable
 // (DATABASE_UNAVAILABLE): what was asked for has happened or not, and reading the job tells.
@@ -26,6 +26,7 @@
 #include "absl/time/time.h"
 #include "pewter/v1/job.pb.h"
 #include "pewter/v1/merge_service.pb.h"
+#include "server/jobs/project_policy.h"
 
 namespace pewter::server {
 
@@ -83,8 +84,8 @@ class JobStore {
   };
   // A job with the same request_id and digest is returned as it is. InvalidArgument
   // (REQUEST_ID_REUSED): same request_id, another digest. AlreadyExists (DESTINATION_BUSY): a job
-  // that is not final has the same destination. ResourceExhausted (QUEUE_FULL): `queue_limit` jobs
-  // are queued.
+  // that is not final has the same destination. ResourceExhausted: `queue_limit` jobs are queued
+  // (QUEUE_FULL), or as many of the job's project as the policy allows (QUOTA_JOBS).
   virtual absl::StatusOr<Created> Create(const NewJob& job, int64_t queue_limit) = 0;
 
   virtual absl::StatusOr<v1::Job> Get(absl::string_view id) = 0;
@@ -98,8 +99,10 @@ class JobStore {
     // Until one that waits after a loss can be.
     absl::Duration next = absl::InfiniteDuration();
   };
-  // The first queued job, by priority and then age, whose time to wait is over: QUEUED -> PLANNING
-  // with the next generation, one more attempt, and a lease of `server`. No job is given out twice.
+  // A queued job whose time to wait is over and whose deadline is not: of the first project in the
+  // policy's order the first by QueueRank. QUEUED -> PLANNING with the next generation, one more
+  // attempt, and a lease of `server`. No job is given out twice, and no project runs more than it
+  // may.
   virtual absl::StatusOr<Claimed> Claim(absl::string_view server, absl::Duration lease) = 0;
   // Keeps the snapshot; the lease ends `lease` from now. The job tells whether to go on
   // (cancel_requested).
@@ -110,9 +113,9 @@ class JobStore {
   // table.
   virtual absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from,
                                              v1::JobState to, const JobChange& change) = 0;
-  // To CANCELLED when that was requested, to FAILED when it counts and was the last attempt, else
-  // back to QUEUED, to wait first when it counts. Aborted (LEASE_LOST) also when the lease should
-  // have expired and has not.
+  // To CANCELLED when that was requested, to FAILED when its deadline has passed, or when it counts
+  // and was the last attempt, else back to QUEUED, to wait first when it counts. Aborted
+  // (LEASE_LOST) also when the lease should have expired and has not.
   virtual absl::StatusOr<v1::Job> GiveUp(absl::string_view id, const LostAttempt& lost) = 0;
   // One event each; Job.warnings holds the first kMaxWarnings, later ones are dropped.
   virtual absl::StatusOr<v1::Job> AddWarnings(absl::string_view id, int64_t lease_generation,
@@ -127,6 +130,10 @@ class JobStore {
   virtual absl::StatusOr<std::vector<v1::Job>> Held(absl::string_view server) = 0;
   // Held jobs whose lease has expired, the longest ago first.
   virtual absl::StatusOr<std::vector<v1::Job>> Expired(int limit) = 0;
+  // Queued jobs whose deadline has passed.
+  virtual absl::StatusOr<std::vector<v1::Job>> Overdue(int limit) = 0;
+  // QUEUED -> FAILED. Aborted (STATE_CHANGED) unless it is queued and its deadline has passed.
+  virtual absl::StatusOr<v1::Job> FailOverdue(absl::string_view id) = 0;
 
   // From now on calls `listener`, on a thread of the store's own, soon after each change that
   // another server makes (and perhaps this one); notices may be lost, so whoever depends on one
@@ -140,7 +147,8 @@ class JobStore {
 // "sqlite:PATH": the file is made when it is not there. "postgresql://USER@HOST:PORT/DATABASE", as
 // libpq reads it: tables are made when they are not there. FailedPrecondition when a newer version
 // of pewterd wrote it; Unavailable when it cannot be opened. No message holds a password.
-absl::StatusOr<std::unique_ptr<JobStore>> OpenJobStore(absl::string_view database);
+absl::StatusOr<std::unique_ptr<JobStore>> OpenJobStore(absl::string_view database,
+                                                       ProjectPolicy projects = {});
 
 // Whether a password is part of it.
 bool HoldsPassword(absl::string_view database);

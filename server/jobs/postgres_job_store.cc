@@ -22,6 +22,7 @@
 #include "server/jobs/postgres.h"
 #include "server/jobs/ruled_job_store.h"
 #include "server/log.h"
+#include "server/proto_time.h"
 
 namespace pewter::server {
 namespace {
@@ -29,6 +30,7 @@ namespace {
 // Advisory locks, held to the end of a transaction.
 constexpr char kLockMigrations[] = "SELECT pg_advisory_xact_lock(7480001)";
 constexpr char kLockCreation[] = "SELECT pg_advisory_xact_lock(7480002)";
+constexpr char kLockClaims[] = "SELECT pg_advisory_xact_lock(7480003)";
 
 constexpr char kListen[] = "LISTEN pewter_jobs";
 constexpr absl::Duration kListenInterval = absl::Seconds(5);
@@ -39,10 +41,16 @@ constexpr absl::string_view kRow =
     "number, spec, status, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, "
     "(lease_expiry < clock_timestamp())::int::bigint FROM pewter_jobs";
 
+// A job that can be started. now() is the transaction's beginning: what it passes over is waiting
+// for all of a transaction's statements.
+constexpr absl::string_view kStartable =
+    "state = 1 AND not_before <= now() AND deadline_ms > (extract(epoch FROM now()) * "
+    "1000)::bigint";
+
 class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
  public:
-  explicit PostgresJobStore(std::string url)
-      : pool_(std::move(url)), wake_(eventfd(0, EFD_CLOEXEC)) {}
+  PostgresJobStore(std::string url, ProjectPolicy projects)
+      : projects_(std::move(projects)), pool_(std::move(url)), wake_(eventfd(0, EFD_CLOEXEC)) {}
   ~PostgresJobStore() override {
     Listen(nullptr);
     close(wake_);
@@ -87,15 +95,18 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
     }
     const std::string destination = Sha256::Of(request.destination_key);
     ASSIGN_OR_RETURN(const Rows seen,
-                     transaction.Query("SELECT count(*), (extract(epoch FROM clock_timestamp()) * "
-                                       "1000000)::bigint FROM pewter_jobs WHERE state = 1"));
-    if (seen.Int(0, 0) >= queue_limit) return QueueFull(seen.Int(0, 0), queue_limit);
+                     transaction.Query("SELECT count(*), count(*) FILTER (WHERE project = $1), "
+                                       "(extract(epoch FROM clock_timestamp()) * "
+                                       "1000000)::bigint FROM pewter_jobs WHERE state = 1",
+                                       Parameters().Text(asked.project())));
+    RETURN_IF_ERROR(
+        CheckQueue(asked.project(), seen.Int(0, 0), queue_limit, seen.Int(0, 1), projects_));
     ASSIGN_OR_RETURN(const Rows busy, transaction.Query("SELECT id FROM pewter_jobs WHERE state < "
                                                         "5 AND destination_key = $1",
                                                         Parameters().Text(destination)));
     if (busy.size() != 0) return DestinationBusy(busy.Bytes(0, 0), asked.destination_uri());
 
-    JobRow row{.job = asked, .now = absl::FromUnixMicros(seen.Int(0, 1))};
+    JobRow row{.job = asked, .now = absl::FromUnixMicros(seen.Int(0, 2))};
     Enqueue(row);
     Parameters values;
     values.Text(asked.id());
@@ -103,13 +114,17 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
     values.Text(request.request_digest)
         .Text(destination)
         .Int(asked.priority())
+        .Text(asked.project())
+        .Int(QueueRank(row.job))
+        .Int(absl::ToUnixMillis(row.now))
         .Int(row.job.state())
         .Bytes(SpecBytes(row.job));
     ASSIGN_OR_RETURN(
         const Rows inserted,
         transaction.Query("INSERT INTO pewter_jobs (id, request_id, request_digest, "
-                          "destination_key, priority, state, spec, status) VALUES ($1, $2, $3, $4, "
-                          "$5, $6, $7, '') RETURNING number",
+                          "destination_key, priority, project, queue_rank, created_ms, state, "
+                          "spec, status) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, '') "
+                          "RETURNING number",
                           values));
     row.number = inserted.Int(0, 0);
     for (const auto& [key, value] : asked.labels()) {
@@ -145,6 +160,10 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
       values.Bytes(key).Bytes(value);
       last += 2;
     }
+    if (!filter.project().empty()) {
+      absl::StrAppend(&sql, " AND project = $", ++last);
+      values.Text(filter.project());
+    }
     // One more than asked for tells whether there is a next page.
     absl::StrAppend(&sql, " ORDER BY number DESC LIMIT $", last + 1);
     values.Int(int64_t{limit} + 1);
@@ -173,22 +192,29 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
 
   absl::StatusOr<Claimed> Claim(absl::string_view server, absl::Duration lease) override {
     ASSIGN_OR_RETURN(PostgresTransaction transaction, PostgresTransaction::Begin(pool_));
-    // Servers that claim at the same time pass over each other's rows.
-    ASSIGN_OR_RETURN(const Rows rows,
-                     transaction.Query(absl::StrCat(
-                         "SELECT ", kRow,
-                         " WHERE state = 1 AND not_before <= clock_timestamp() ORDER BY priority "
-                         "DESC, number LIMIT 1 FOR UPDATE SKIP LOCKED")));
-    if (rows.size() == 0) {
+    // Where projects may run only so many, one claim after the other counts them. Else servers that
+    // claim at the same time pass over each other's rows.
+    if (projects_.LimitsRunning()) RETURN_IF_ERROR(transaction.Run(kLockClaims));
+    ASSIGN_OR_RETURN(const std::vector<std::string> projects, ProjectsToStart(transaction));
+    std::optional<Rows> rows;
+    for (const std::string& project : projects) {
+      ASSIGN_OR_RETURN(rows,
+                       transaction.Query(absl::StrCat("SELECT ", kRow, " WHERE ", kStartable,
+                                                      " AND project = $1 ORDER BY queue_rank DESC, "
+                                                      "number LIMIT 1 FOR UPDATE SKIP LOCKED"),
+                                         Parameters().Text(project)));
+      if (rows->size() != 0) break;
+    }
+    if (!rows || rows->size() == 0) {
       ASSIGN_OR_RETURN(
           const Rows waiting,
           transaction.Query("SELECT count(*), coalesce((extract(epoch FROM min(not_before) - "
                             "clock_timestamp()) * 1000000)::bigint, 0) FROM pewter_jobs WHERE "
-                            "state = 1 AND not_before > '-infinity'"));
+                            "state = 1 AND not_before > now()"));
       if (waiting.Int(0, 0) == 0) return Claimed{};
       return Claimed{.next = std::max(absl::Microseconds(waiting.Int(0, 1)), absl::ZeroDuration())};
     }
-    ASSIGN_OR_RETURN(JobRow row, ToRow(rows));
+    ASSIGN_OR_RETURN(JobRow row, ToRow(*rows));
     RETURN_IF_ERROR(server::Claim(row, server, lease));
     RETURN_IF_ERROR(Write(transaction, row));
     RETURN_IF_ERROR(transaction.Commit());
@@ -224,6 +250,13 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
     return Jobs(
         "SELECT spec, status FROM pewter_jobs WHERE state IN (2, 3, 4) AND lease_expiry < "
         "clock_timestamp() ORDER BY lease_expiry LIMIT $1",
+        Parameters().Int(limit));
+  }
+
+  absl::StatusOr<std::vector<v1::Job>> Overdue(int limit) override {
+    return Jobs(
+        "SELECT spec, status FROM pewter_jobs WHERE state = 1 AND deadline_ms <= (extract(epoch "
+        "FROM now()) * 1000)::bigint ORDER BY deadline_ms LIMIT $1",
         Parameters().Int(limit));
   }
 
@@ -264,6 +297,22 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
     return jobs;
   }
 
+  absl::StatusOr<std::vector<std::string>> ProjectsToStart(PostgresTransaction& transaction) {
+    ASSIGN_OR_RETURN(const Rows now,
+                     transaction.Query("SELECT (extract(epoch FROM now()) * 1000)::bigint"));
+    ASSIGN_OR_RETURN(const Rows found,
+                     transaction.Query(ProjectQueuesSql("pewter_jobs", kStartable)));
+    std::vector<ProjectQueue> queues;
+    for (int i = 0; i < found.size(); ++i) {
+      queues.push_back({.project = found.Bytes(i, 0),
+                        .priority = found.Int(i, 1),
+                        .created = absl::FromUnixMillis(found.Int(i, 2)),
+                        .running = found.Int(i, 3),
+                        .last_claim = absl::FromUnixMillis(found.Int(i, 4))});
+    }
+    return projects_.InOrder(std::move(queues), absl::FromUnixMillis(now.Int(0, 0)));
+  }
+
   // The database's texts hold no NUL, and ids of jobs neither.
   static absl::Status CheckId(absl::string_view id) {
     return id.find('\0') == absl::string_view::npos ? absl::OkStatus() : JobNotFound(id);
@@ -297,8 +346,10 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
         "UPDATE pewter_jobs SET state = $1, status = $2, server = $3, lease_expiry = "
         "coalesce(clock_timestamp() + $4::bigint * interval '1 microsecond', lease_expiry), "
         "not_before = coalesce(clock_timestamp() + $5::bigint * interval '1 microsecond', "
-        "not_before) WHERE number = $6",
-        values.Int(row.number)));
+        "not_before), claimed_ms = $6, deadline_ms = $7 WHERE number = $8",
+        values.Int(absl::ToUnixMillis(ToTime(row.job.attempt_time())))
+            .Int(absl::ToUnixMillis(DeadlineOf(row.job).time))
+            .Int(row.number)));
     for (const v1::JobEvent& event : row.events) {
       RETURN_IF_ERROR(transaction.Run(
           "INSERT INTO pewter_events (job, sequence, event) VALUES ($1, $2, $3)",
@@ -354,6 +405,7 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
     return poll(&fd, 1, static_cast<int>(absl::ToInt64Milliseconds(wait))) > 0;
   }
 
+  const ProjectPolicy projects_;
   PostgresPool pool_;
   const int wake_;  // readable: the listener shall end
   std::thread listener_;
@@ -361,8 +413,9 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<JobStore>> OpenPostgresJobStore(const std::string& url) {
-  auto store = std::make_unique<PostgresJobStore>(url);
+absl::StatusOr<std::unique_ptr<JobStore>> OpenPostgresJobStore(const std::string& url,
+                                                               ProjectPolicy projects) {
+  auto store = std::make_unique<PostgresJobStore>(url, std::move(projects));
   RETURN_IF_ERROR(store->Migrate());
   return store;
 }

@@ -10,6 +10,7 @@
 namespace pewter::server {
 
 // `url`: as libpq reads it; what it does not say is in PGPASSWORD, PGPASSFILE and the like.
-absl::StatusOr<std::unique_ptr<JobStore>> OpenPostgresJobStore(const std::string& url);
+absl::StatusOr<std::unique_ptr<JobStore>> OpenPostgresJobStore(const std::string& url,
+                                                               ProjectPolicy projects);
 
 }  // namespace pewter::server

@@ -6,12 +6,32 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "server/jobs/job_rules.h"
 #include "server/jobs/job_store.h"
 
 namespace pewter::server {
+
+// The statement for ProjectPolicy's queues: project, priority, created_ms, running, last claim in
+// ms. `startable`: the condition on a job of `table`. It walks indexes from project to project and
+// takes the first of each, however many jobs there are.
+inline std::string ProjectQueuesSql(absl::string_view table, absl::string_view startable) {
+  const std::string of_project = " AND project = heads.project";
+  return absl::StrCat(
+      "WITH RECURSIVE queues(project) AS (SELECT min(project) FROM ", table,
+      " WHERE state = 1 UNION ALL SELECT (SELECT min(project) FROM ", table,
+      " WHERE state = 1 AND project > queues.project) FROM queues WHERE queues.project IS NOT "
+      "NULL), heads AS MATERIALIZED (SELECT project, (SELECT number FROM ",
+      table, " WHERE ", startable,
+      " AND project = queues.project ORDER BY priority DESC, number LIMIT 1) AS number FROM queues)"
+      " SELECT project, (SELECT priority FROM ",
+      table, " WHERE number = heads.number), (SELECT created_ms FROM ", table,
+      " WHERE number = heads.number), (SELECT count(*) FROM ", table, " WHERE state IN (2, 3, 4)",
+      of_project, "), (SELECT coalesce(max(claimed_ms), 0) FROM ", table, " WHERE claimed_ms > 0",
+      of_project, ") FROM heads WHERE number IS NOT NULL");
+}
 
 template <class Store>
 class RuledJobStore : public JobStore {
@@ -37,6 +57,9 @@ class RuledJobStore : public JobStore {
   }
   absl::StatusOr<v1::Job> RequestCancel(absl::string_view id) override {
     return Self().Update(id, [&](JobRow& row) { return server::RequestCancel(row); });
+  }
+  absl::StatusOr<v1::Job> FailOverdue(absl::string_view id) override {
+    return Self().Update(id, [&](JobRow& row) { return server::FailOverdue(row); });
   }
 
  private:

@@ -16,19 +16,25 @@
 #include "server/jobs/migrations.h"
 #include "server/jobs/ruled_job_store.h"
 #include "server/jobs/sqlite.h"
+#include "server/proto_time.h"
 
 namespace pewter::server {
 namespace {
 
+// A job that can be started at ?1.
+constexpr absl::string_view kStartable = "state = 1 AND not_before_ms <= ?1 AND deadline_ms > ?1";
+
 class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
  public:
-  SqliteJobStore(Database writer, Database reader)
-      : database_(std::move(writer)), reader_(std::move(reader)) {}
+  SqliteJobStore(Database writer, Database reader, ProjectPolicy projects)
+      : projects_(std::move(projects)), database_(std::move(writer)), reader_(std::move(reader)) {}
 
-  static absl::StatusOr<std::unique_ptr<JobStore>> Open(const std::string& path) {
+  static absl::StatusOr<std::unique_ptr<JobStore>> Open(const std::string& path,
+                                                        ProjectPolicy projects) {
     ASSIGN_OR_RETURN(Database writer, Database::Open(path));
     ASSIGN_OR_RETURN(Database reader, Database::Open(path));
-    auto store = std::make_unique<SqliteJobStore>(std::move(writer), std::move(reader));
+    auto store =
+        std::make_unique<SqliteJobStore>(std::move(writer), std::move(reader), std::move(projects));
     RETURN_IF_ERROR(Annotate(Migrate(store->database_), path));
     return store;
   }
@@ -51,9 +57,11 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
       }
     }
     ASSIGN_OR_RETURN(Statement queued,
-                     database_.Prepare("SELECT count(*) FROM jobs WHERE state = 1"));
-    RETURN_IF_ERROR(queued.Step().status());
-    if (queued.Int(0) >= queue_limit) return QueueFull(queued.Int(0), queue_limit);
+                     database_.Prepare("SELECT count(*), count(*) FILTER (WHERE project = ?) FROM "
+                                       "jobs WHERE state = 1"));
+    RETURN_IF_ERROR(queued.Bind(asked.project()).Step().status());
+    RETURN_IF_ERROR(
+        CheckQueue(asked.project(), queued.Int(0), queue_limit, queued.Int(1), projects_));
     ASSIGN_OR_RETURN(Statement busy, database_.Prepare("SELECT id FROM jobs WHERE state < 5 AND "
                                                        "destination_key = ?"));
     ASSIGN_OR_RETURN(const bool is_busy, busy.Bind(request.destination_key).Step());
@@ -64,12 +72,16 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     ASSIGN_OR_RETURN(
         Statement insert,
         database_.Prepare("INSERT INTO jobs (id, request_id, request_digest, destination_key, "
-                          "priority, state, spec, status) VALUES (?, ?, ?, ?, ?, ?, ?, x'')"));
+                          "priority, project, queue_rank, created_ms, state, spec, status) VALUES "
+                          "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, x'')"));
     insert.Bind(asked.id());
     asked.request_id().empty() ? insert.BindNull() : insert.Bind(asked.request_id());
     insert.Bind(request.request_digest)
         .Bind(request.destination_key)
         .Bind(asked.priority())
+        .Bind(asked.project())
+        .Bind(QueueRank(row.job))
+        .Bind(absl::ToUnixMillis(row.now))
         .Bind(row.job.state())
         .BindBlob(SpecBytes(row.job));
     RETURN_IF_ERROR(insert.Run());
@@ -100,12 +112,14 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
                       " AND EXISTS (SELECT 1 FROM labels WHERE job = number AND key = ? AND "
                       "value = ?)");
     }
+    if (!filter.project().empty()) absl::StrAppend(&sql, " AND project = ?");
     // One more than asked for tells whether there is a next page.
     absl::StrAppend(&sql, " ORDER BY number DESC LIMIT ?");
     absl::MutexLock lock(&read_mutex_);
     ASSIGN_OR_RETURN(Statement select, reader_.Prepare(sql));
     select.Bind(before).Bind(before);
     for (const auto& [key, value] : filter.labels()) select.Bind(key).Bind(value);
+    if (!filter.project().empty()) select.Bind(filter.project());
     select.Bind(int64_t{limit} + 1);
     JobPage page;
     int64_t last = 0;
@@ -135,22 +149,25 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
   absl::StatusOr<Claimed> Claim(absl::string_view server, absl::Duration lease) override {
     ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(database_));
     const absl::Time now = absl::Now();
+    ASSIGN_OR_RETURN(const std::vector<ProjectQueue> queues, Queues(now));
     std::string id;
-    {
-      ASSIGN_OR_RETURN(Statement next, database_.Prepare("SELECT id FROM jobs WHERE state = 1 AND "
-                                                         "not_before_ms <= ? ORDER BY priority "
-                                                         "DESC, number LIMIT 1"));
-      ASSIGN_OR_RETURN(const bool found, next.Bind(absl::ToUnixMillis(now)).Step());
+    for (const std::string& project : projects_.InOrder(queues, now)) {
+      ASSIGN_OR_RETURN(Statement next, database_.Prepare(absl::StrCat(
+                                           "SELECT id FROM jobs WHERE ", kStartable,
+                                           " AND project = ?2 ORDER BY queue_rank DESC, number "
+                                           "LIMIT 1")));
+      ASSIGN_OR_RETURN(const bool found, next.Bind(absl::ToUnixMillis(now)).Bind(project).Step());
       if (found) id = next.Bytes(0);
+      break;
     }
     if (id.empty()) {
       ASSIGN_OR_RETURN(
           Statement waiting,
-          database_.Prepare("SELECT coalesce(min(not_before_ms), 0) FROM jobs WHERE state = 1"));
-      RETURN_IF_ERROR(waiting.Step().status());
+          database_.Prepare("SELECT coalesce(min(not_before_ms), 0) FROM jobs WHERE state = 1 AND "
+                            "not_before_ms > ?"));
+      RETURN_IF_ERROR(waiting.Bind(absl::ToUnixMillis(now)).Step().status());
       if (waiting.Int(0) == 0) return Claimed{};
-      return Claimed{
-          .next = std::max(absl::FromUnixMillis(waiting.Int(0)) - now, absl::ZeroDuration())};
+      return Claimed{.next = absl::FromUnixMillis(waiting.Int(0)) - now};
     }
     ASSIGN_OR_RETURN(JobRow row, Read(id));
     RETURN_IF_ERROR(server::Claim(row, server, lease));
@@ -194,6 +211,14 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     return Jobs(select.Bind(absl::ToUnixMillis(absl::Now())).Bind(limit));
   }
 
+  absl::StatusOr<std::vector<v1::Job>> Overdue(int limit) override {
+    absl::MutexLock lock(&read_mutex_);
+    ASSIGN_OR_RETURN(Statement select,
+                     reader_.Prepare("SELECT spec, status FROM jobs WHERE state = 1 AND "
+                                     "deadline_ms <= ? ORDER BY deadline_ms LIMIT ?"));
+    return Jobs(select.Bind(absl::ToUnixMillis(absl::Now())).Bind(limit));
+  }
+
   void Listen(std::function<void(const JobNotice&)> listener) override {}
 
  private:
@@ -228,6 +253,21 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     }
   }
 
+  absl::StatusOr<std::vector<ProjectQueue>> Queues(absl::Time now) {
+    ASSIGN_OR_RETURN(Statement select, database_.Prepare(ProjectQueuesSql("jobs", kStartable)));
+    select.Bind(absl::ToUnixMillis(now));
+    std::vector<ProjectQueue> queues;
+    while (true) {
+      ASSIGN_OR_RETURN(const bool found, select.Step());
+      if (!found) return queues;
+      queues.push_back({.project = select.Bytes(0),
+                        .priority = select.Int(1),
+                        .created = absl::FromUnixMillis(select.Int(2)),
+                        .running = select.Int(3),
+                        .last_claim = absl::FromUnixMillis(select.Int(4))});
+    }
+  }
+
   static absl::StatusOr<JobRow> Read(Database& database, absl::string_view id) {
     ASSIGN_OR_RETURN(
         Statement select,
@@ -247,12 +287,14 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     ASSIGN_OR_RETURN(Statement update,
                      database_.Prepare("UPDATE jobs SET state = ?, status = ?, server = ?, "
                                        "lease_expiry_ms = coalesce(?, lease_expiry_ms), "
-                                       "not_before_ms = coalesce(?, not_before_ms) "
-                                       "WHERE number = ?"));
+                                       "not_before_ms = coalesce(?, not_before_ms), "
+                                       "claimed_ms = ?, deadline_ms = ? WHERE number = ?"));
     update.Bind(row.job.state()).BindBlob(StatusBytes(row.job)).Bind(row.job.server());
     for (const std::optional<absl::Duration>& after : {row.lease, row.waits}) {
       after ? update.Bind(absl::ToUnixMillis(row.now + *after)) : update.BindNull();
     }
+    update.Bind(absl::ToUnixMillis(ToTime(row.job.attempt_time())))
+        .Bind(absl::ToUnixMillis(DeadlineOf(row.job).time));
     RETURN_IF_ERROR(update.Bind(row.number).Run());
     for (const v1::JobEvent& event : row.events) {
       ASSIGN_OR_RETURN(
@@ -275,6 +317,7 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     return std::move(row.job);
   }
 
+  const ProjectPolicy projects_;
   Writer database_;
   absl::Mutex read_mutex_;
   Database reader_ ABSL_GUARDED_BY(read_mutex_);
@@ -282,8 +325,9 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<JobStore>> OpenSqliteJobStore(const std::string& path) {
-  return SqliteJobStore::Open(path);
+absl::StatusOr<std::unique_ptr<JobStore>> OpenSqliteJobStore(const std::string& path,
+                                                             ProjectPolicy projects) {
+  return SqliteJobStore::Open(path, std::move(projects));
 }
 
 }  // namespace pewter::server

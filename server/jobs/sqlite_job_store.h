@@ -9,6 +9,7 @@
 
 namespace pewter::server {
 
-absl::StatusOr<std::unique_ptr<JobStore>> OpenSqliteJobStore(const std::string& path);
+absl::StatusOr<std::unique_ptr<JobStore>> OpenSqliteJobStore(const std::string& path,
+                                                             ProjectPolicy projects);
 
 }  // namespace pewter::server

@@ -99,7 +99,9 @@ TEST_F(RemoteTest, RepeatsWhatIsIdempotent) {
   ASSERT_TRUE(job.ok()) << job.status();
   EXPECT_EQ(job->request_id(), "once");
   EXPECT_EQ(service_.creates, 2);
-  EXPECT_TRUE(absl::IsUnavailable(remote_->DeleteJob("j-1")));
+  v1::DeleteJobRequest remove;
+  remove.set_job_id("j-1");
+  EXPECT_TRUE(absl::IsUnavailable(remote_->DeleteJob(remove)));
   EXPECT_EQ(service_.deletes, 1);
 }
 

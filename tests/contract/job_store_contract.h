@@ -37,7 +37,7 @@ class JobStoreFixture {
   virtual ~JobStoreFixture() = default;
   virtual JobStore& store() = 0;
   // Closes the store and opens it again: what was acknowledged must still be there.
-  virtual void Reopen() = 0;
+  virtual void Reopen(const ProjectPolicy& projects) = 0;
 };
 
 using JobStoreFactory = std::unique_ptr<JobStoreFixture> (*)();
@@ -50,11 +50,16 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
     if (fixture_ == nullptr) GTEST_SKIP() << "the database's server is not installed";
   }
   JobStore& store() { return fixture_->store(); }
-  void Reopen() { fixture_->Reopen(); }
+  void Reopen(const std::vector<std::string>& projects = {}) {
+    const auto policy = ProjectPolicy::Make(projects);
+    ASSERT_THAT(policy, IsOk());
+    fixture_->Reopen(*policy);
+  }
 
   static NewJob MakeJob(const std::string& id) {
     NewJob request;
     request.job.set_id(id);
+    request.job.set_project(kDefaultProject);
     request.job.set_recipe("merge_method: linear");
     request.job.set_destination_uri(absl::StrCat("/out/", id));
     request.request_digest = absl::StrCat("digest of ", id);
@@ -67,6 +72,12 @@ class JobStoreContract : public ::testing::TestWithParam<JobStoreFactory> {
     return created.ok() ? created->job : v1::Job();
   }
   v1::Job Create(const std::string& id) { return Create(MakeJob(id)); }
+  v1::Job CreateIn(const std::string& project, const std::string& id, int priority = 0) {
+    NewJob request = MakeJob(id);
+    request.job.set_project(project);
+    request.job.set_priority(priority);
+    return Create(request);
+  }
   // The next job, which must be `id`.
   v1::Job Claim(const std::string& id, absl::Duration lease = absl::Seconds(60)) {
     const auto claimed = store().Claim("server", lease);
@@ -283,6 +294,7 @@ TEST_P(JobStoreContract, UnknownJobsAreNotFound) {
                 StatusIs(code, HasSubstr("no job")));
     EXPECT_THAT(store().GiveUp(id, Lost(1)), StatusIs(code, HasSubstr("no job")));
     EXPECT_THAT(store().RequestCancel(id), StatusIs(code, HasSubstr("no job")));
+    EXPECT_THAT(store().FailOverdue(id), StatusIs(code, HasSubstr("no job")));
     EXPECT_THAT(store().Transition(id, v1::JOB_STATE_QUEUED, v1::JOB_STATE_CANCELLED, {}),
                 StatusIs(code, HasSubstr("no job")));
   }
@@ -639,6 +651,171 @@ TEST_P(JobStoreContract, QueueIsByPriorityThenAge) {
   for (const char* id : {"urgent", "old", "new", "idle"}) Claim(id);
 }
 
+TEST_P(JobStoreContract, ProjectsTakeTurnsWhateverTheLengthOfTheirQueues) {
+  for (int i = 0; i < 6; ++i) CreateIn("many", absl::StrCat("m", i));
+  for (int i = 0; i < 3; ++i) CreateIn("few", absl::StrCat("f", i));
+  for (const char* id : {"m0", "f0", "m1", "f1", "m2", "f2", "m3"}) Claim(id);
+  // What has ended counts no more.
+  for (const char* id : {"m0", "m1", "m2", "m3"}) Move(id, {v1::JOB_STATE_FAILED});
+  CreateIn("few", "f3");
+  Claim("m4");
+}
+
+TEST_P(JobStoreContract, SharesGoByWeight) {
+  Reopen({"heavy:weight=2", "light:weight=1"});
+  for (int i = 0; i < 6; ++i) {
+    CreateIn("light", absl::StrCat("l", i));
+    CreateIn("heavy", absl::StrCat("h", i));
+  }
+  // Of equal shares, 1/1 and 2/2, the one that has waited longer for a start.
+  for (const char* id : {"l0", "h0", "h1", "l1", "h2", "h3"}) Claim(id);
+}
+
+TEST_P(JobStoreContract, PriorityGoesBeforeShare) {
+  CreateIn("a", "a0");
+  CreateIn("b", "b0", /*priority=*/3);
+  CreateIn("b", "b1", /*priority=*/3);
+  for (const char* id : {"b0", "b1", "a0"}) Claim(id);
+}
+
+TEST_P(JobStoreContract, OfProjectsThatRunNothingTheOneThatWaitsLongerGoesFirst) {
+  for (int i = 0; i < 3; ++i) CreateIn("a", absl::StrCat("a", i));
+  CreateIn("b", "b0");
+  CreateIn("b", "b1");
+  // One worker: nothing runs when the next is taken.
+  for (const char* id : {"a0", "b0", "a1", "b1", "a2"}) {
+    Claim(id);
+    Move(id, {v1::JOB_STATE_FAILED});
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+}
+
+TEST_P(JobStoreContract, AProjectRunsNoMoreThanItMay) {
+  Reopen({"small:running=1", "*:running=2"});
+  for (int i = 0; i < 3; ++i) CreateIn("small", absl::StrCat("s", i), /*priority=*/9);
+  for (int i = 0; i < 3; ++i) CreateIn("other", absl::StrCat("o", i));
+  for (const char* id : {"s0", "o0", "o1"}) Claim(id);
+  EXPECT_TRUE(NothingToClaim());
+  Move("o0", {v1::JOB_STATE_FAILED});
+  Claim("o2");
+  EXPECT_TRUE(NothingToClaim());
+  ASSERT_THAT(GiveUp("s0", Lost(1)), IsOk());
+  Claim("s0");
+  Move("s0", {v1::JOB_STATE_FAILED});
+  Claim("s1");
+}
+
+TEST_P(JobStoreContract, LimitsHoldWhoeverClaimsAtTheSameTime) {
+  Reopen({"small:running=3"});
+  for (int i = 0; i < 20; ++i) CreateIn("small", absl::StrCat("s", i));
+  std::atomic<int> claimed = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      for (int k = 0; k < 3; ++k) {
+        const auto next = store().Claim("server", absl::Seconds(60));
+        EXPECT_THAT(next, IsOk());
+        if (next.ok() && next->job) ++claimed;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(claimed, 3);
+}
+
+TEST_P(JobStoreContract, AProjectQueuesNoMoreThanItMay) {
+  Reopen({"small:queued=2"});
+  CreateIn("small", "s0");
+  CreateIn("small", "s1");
+  NewJob third = MakeJob("s2");
+  third.job.set_project("small");
+  const auto refused = store().Create(third, kQueueLimit);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(ReasonOf(refused.status()), "QUOTA_JOBS");
+  EXPECT_THAT(std::string(refused.status().message()), HasSubstr("small"));
+  // Others may, and so may it when one has left the queue.
+  CreateIn("other", "o0");
+  Claim("s0");
+  EXPECT_THAT(store().Create(third, kQueueLimit), IsOk());
+}
+
+TEST_P(JobStoreContract, QueueDeadlineEndsAJobThatNobodyTakes) {
+  NewJob request = MakeJob("late");
+  request.job.mutable_queue_deadline()->set_nanos(1'000'000);
+  Create(request);
+  Create("other");
+  absl::SleepFor(absl::Milliseconds(5));
+  Claim("other");
+  EXPECT_TRUE(NothingToClaim());
+  EXPECT_THAT(IdsOf(store().Overdue(10)), ElementsAre("late"));
+  const auto failed = store().FailOverdue("late");
+  ASSERT_THAT(failed, IsOk());
+  EXPECT_EQ(failed->state(), v1::JOB_STATE_FAILED);
+  EXPECT_EQ(failed->error().reason(), "QUEUE_DEADLINE");
+  EXPECT_EQ(failed->error().code(), static_cast<int>(absl::StatusCode::kDeadlineExceeded));
+  EXPECT_TRUE(failed->has_end_time());
+  EXPECT_THAT(Sequences("late"), ElementsAre(1, 2));
+  EXPECT_THAT(IdsOf(store().Overdue(10)), IsEmpty());
+  EXPECT_EQ(ReasonOf(store().FailOverdue("late").status()), "STATE_CHANGED");
+}
+
+TEST_P(JobStoreContract, QueueDeadlineIsMetByTheFirstAttempt) {
+  NewJob request = MakeJob("a");
+  request.job.mutable_queue_deadline()->set_seconds(1);
+  Create(request);
+  EXPECT_EQ(ReasonOf(store().FailOverdue("a").status()), "STATE_CHANGED");
+  Claim("a");
+  Reopen();
+  ASSERT_THAT(GiveUp("a", Lost(1)), IsOk());
+  absl::SleepFor(absl::Milliseconds(1100));
+  EXPECT_THAT(IdsOf(store().Overdue(10)), IsEmpty());
+  Claim("a");
+}
+
+TEST_P(JobStoreContract, ALostAttemptBeyondItsDeadlineIsNotRepeated) {
+  for (const char* id : {"run", "total"}) {
+    NewJob request = MakeJob(id);
+    google::protobuf::Duration& limit = id == std::string("run")
+                                            ? *request.job.mutable_run_deadline()
+                                            : *request.job.mutable_total_deadline();
+    limit.set_nanos(50'000'000);
+    Create(request);
+    Claim(id);
+    absl::SleepFor(absl::Milliseconds(60));
+    const auto job = GiveUp(id, Lost(1));
+    ASSERT_THAT(job, IsOk());
+    EXPECT_EQ(job->state(), v1::JOB_STATE_FAILED);
+    EXPECT_EQ(job->error().reason(), id == std::string("run") ? "RUN_DEADLINE" : "TOTAL_DEADLINE");
+  }
+}
+
+TEST_P(JobStoreContract, EveryAttemptHasItsRunDeadline) {
+  NewJob request = MakeJob("a");
+  request.job.mutable_run_deadline()->set_nanos(500'000'000);
+  Create(request);
+  Claim("a");
+  ASSERT_THAT(GiveUp("a", Lost(1)), IsOk());
+  absl::SleepFor(absl::Milliseconds(600));
+  EXPECT_THAT(IdsOf(store().Overdue(10)), IsEmpty());
+  const v1::Job job = Claim("a");
+  EXPECT_NE(job.attempt_time().SerializeAsString(), job.start_time().SerializeAsString());
+  const auto again = GiveUp("a", Lost(2));
+  ASSERT_THAT(again, IsOk());
+  EXPECT_EQ(again->state(), v1::JOB_STATE_QUEUED);
+}
+
+TEST_P(JobStoreContract, TotalDeadlineEndsAJobThatWaitsAgain) {
+  NewJob request = MakeJob("a");
+  request.job.mutable_total_deadline()->set_nanos(300'000'000);
+  Create(request);
+  Claim("a");
+  ASSERT_THAT(GiveUp("a", Lost(1)), IsOk());
+  absl::SleepFor(absl::Milliseconds(310));
+  EXPECT_TRUE(NothingToClaim());
+  ASSERT_THAT(store().FailOverdue("a"), IsOk());
+  EXPECT_EQ(Get("a").error().reason(), "TOTAL_DEADLINE");
+}
+
 TEST_P(JobStoreContract, HeldJobsAreThoseOfAServersWorkers) {
   for (const char* id : {"planning", "running", "failed", "other", "queued"}) Create(id);
   Claim("planning");
@@ -702,6 +879,11 @@ TEST_P(JobStoreContract, ListFiltersByStateAndLabels) {
   EXPECT_THAT(ListIds(filter), ElementsAre("a"));
   (*filter.mutable_labels())["run"] = "2";
   EXPECT_THAT(ListIds(filter), IsEmpty());
+  v1::JobFilter project;
+  project.set_project("other");
+  EXPECT_THAT(ListIds(project), IsEmpty());
+  CreateIn("other", "d");
+  EXPECT_THAT(ListIds(project), ElementsAre("d"));
   v1::JobFilter quoted;
   (*quoted.mutable_labels())["team"] = "vision'; DROP TABLE jobs; --";
   EXPECT_THAT(ListIds(quoted), ElementsAre("c"));

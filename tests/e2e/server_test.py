@@ -389,3 +389,114 @@ def test_history_survives_a_restart(server, tiny, tmp_path):
     assert [job["id"] for job in listed] == jobs[::-1]
     numbered = [event for event in events if "progress" not in event]
     assert server.events(jobs[0]) == numbered
+
+
+def test_a_retry_goes_on_with_what_is_there(server, slow, expected, tmp_path):
+    out = tmp_path / "out"
+    job = server.submit(slow, out, *SLOW_OPTIONS)
+    server.pewter("jobs", "retry", job, code=1)
+    server.wait_for_shards(job, out)
+    server.pewter("jobs", "cancel", job)
+    server.wait(job, "CANCELLED")
+    retry = json.loads(server.pewter("jobs", "retry", job).stdout)
+    assert retry["retry_of"] == job and retry["id"] != job
+    done = server.wait(retry["id"], "SUCCEEDED", "FAILED")
+    assert done["state"] == "JOB_STATE_SUCCEEDED", done["error"]
+    assert int(done["output"]["shards_reused"]) >= 2
+    assert weights(out) == expected
+
+
+def test_all_problems_of_a_recipe_are_told_as_a_compiler_does(server, tmp_path):
+    path = tmp_path / "bad.yml"
+    path.write_text("merge_method: linear\ndtype: float99\nmodels:\n  - weight: 1\n  - model: a@b@c\n")
+    for command in (["merge", path, tmp_path / "out"], ["submit", path, tmp_path / "out", "--server", server.address]):
+        done = subprocess.run([PEWTER, *command], capture_output=True, text=True)
+        assert done.returncode == 2
+        places = [line.split(" error: ")[0] for line in done.stderr.splitlines() if " error: " in line]
+        assert places == [f"{path}:2:8:", f"{path}:4:5:", f"{path}:5:12:"], done.stderr
+
+
+def test_projects_have_limits(tmp_path, slow, tiny):
+    server = Server(tmp_path / "data", "--workers", "2", "--project", "small:running=1,queued=1")
+    try:
+        first = server.submit(slow, tmp_path / "first", "--project", "small", *SLOW_OPTIONS)
+        server.wait(first, "PLANNING", "RUNNING")
+        second = server.submit(slow, tmp_path / "second", "--project", "small", *SLOW_OPTIONS)
+        path = tmp_path / "recipe.yml"
+        refused = server.pewter("submit", path, tmp_path / "third", "--project", "small", code=1)
+        assert "small" in refused.stderr + refused.stdout
+        # Others are not held up.
+        other = server.submit(linear(tiny / "a", tiny / "b"), tmp_path / "other")
+        server.wait(other, "SUCCEEDED")
+        assert server.job(second)["state"] == "JOB_STATE_QUEUED"
+        assert server.job(other)["project"] == "default"
+        listed = json.loads(server.pewter("jobs", "list", "--project", "small").stdout)["jobs"]
+        assert [job["id"] for job in listed] == [second, first]
+        server.pewter("jobs", "delete", second, first, "--force")
+        assert len(json.loads(server.pewter("jobs", "list").stdout)["jobs"]) == 1
+    finally:
+        server.kill()
+
+
+def test_deadlines_end_jobs(server, slow, tmp_path):
+    running = server.submit(slow, tmp_path / "out", "--run-deadline", "1s", *SLOW_OPTIONS)
+    waiting = server.submit(slow, tmp_path / "second", "--queue-deadline", "100ms", *SLOW_OPTIONS)
+    failed = server.wait(waiting, "FAILED", "SUCCEEDED")
+    assert failed["error"]["reason"] == "QUEUE_DEADLINE" and failed["error"]["code"] == 4
+    stopped = server.wait(running, "FAILED", "SUCCEEDED")
+    assert stopped["error"]["reason"] == "RUN_DEADLINE", stopped
+    assert stopped["attempt"] == 1
+    assert not (tmp_path / "out/pewter_manifest.json").exists()
+    bad = subprocess.run(
+        [PEWTER, "submit", tmp_path / "recipe.yml", "/x", "--run-deadline", "soon", "-s", server.address],
+        capture_output=True,
+    )
+    assert bad.returncode == 2
+
+
+def test_what_is_there_is_used_again_or_gets_a_new_version(server, tiny, tmp_path):
+    out = tmp_path / "out"
+    recipe = linear(tiny / "a", tiny / "b")
+    first = server.wait(server.submit(recipe, out, "--on-existing", "reuse_if_identical"), "SUCCEEDED")
+    assert not first["output"]["reused"]
+    before = (out / "pewter_manifest.json").stat().st_mtime_ns
+    again = server.wait(server.submit(recipe, out, "--on-existing", "reuse_if_identical"), "SUCCEEDED")
+    assert again["output"]["reused"] and again["output"]["fingerprint"] == first["output"]["fingerprint"]
+    assert (out / "pewter_manifest.json").stat().st_mtime_ns == before
+    other = linear(tiny / "b", tiny / "a")
+    refused = server.wait(server.submit(other, out, "--on-existing", "reuse_if_identical"), "FAILED", "SUCCEEDED")
+    assert refused["error"]["reason"] == "OUTPUT_EXISTS"
+
+    versions = tmp_path / "versions"
+    uris = []
+    for text in (recipe, recipe, other):
+        done = server.wait(server.submit(text, versions, "--on-existing", "new_version"), "SUCCEEDED")
+        uris.append(done["output"]["uri"])
+    assert uris == [f"{versions}/v{i}" for i in (1, 2, 3)]
+    assert weights(versions / "v1") == weights(versions / "v2") == weights(out)
+
+    # The same on this machine, which goes on counting.
+    path = tmp_path / "local.yml"
+    path.write_text(recipe)
+    for mode, expected_out in (("new_version", f"{versions}/v4"), ("reuse_if_identical", f"{out}")):
+        target = versions if mode == "new_version" else out
+        done = subprocess.run(
+            [PEWTER, "merge", path, target, "--on-existing", mode, "-o", "json", "--device", "cpu"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["output"] == expected_out
+        assert result["reused"] == (mode == "reuse_if_identical")
+
+
+def test_outputs_go_with_their_job(server, tiny, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    job = server.submit(linear(tiny / "a", tiny / "b"), out, "--overwrite")
+    server.wait(job, "SUCCEEDED")
+    server.pewter("jobs", "delete", job, "--outputs")
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    server.pewter("jobs", "get", job, code=3)

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -40,10 +41,11 @@ class JobManagerTest : public ::testing::Test {
   void SetUp() override { Start({}); }
 
   // A server on the same database; the last one, if any, is gone without a word.
-  void Start(const JobManagerOptions& options) {
+  void Start(const JobManagerOptions& options, const std::vector<std::string>& projects = {}) {
     manager_.reset();
     log_ = std::make_unique<FakeExecutor::Log>();
-    auto store = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"));
+    auto store = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"),
+                              ProjectPolicy::Make(projects).value());
     ASSERT_THAT(store, IsOk());
     manager_ = std::make_unique<JobManager>(*std::move(store), options);
     ASSERT_THAT(manager_->Start(std::make_unique<FakeExecutor>(log_.get())), IsOk());
@@ -105,6 +107,19 @@ class JobManagerTest : public ::testing::Test {
   absl::Status Succeed(const v1::Job& job) {
     return Finish(job, [](auto& request) { request.mutable_output()->set_manifest_json("{}"); });
   }
+  absl::StatusOr<v1::Job> Retry(const std::string& id, const std::string& request_id = "") {
+    v1::RetryJobRequest request;
+    request.set_job_id(id);
+    request.set_request_id(request_id);
+    return manager_->Retry(request);
+  }
+  absl::Status Delete(const std::string& id, bool force = false, bool outputs = false) {
+    v1::DeleteJobRequest request;
+    request.set_job_id(id);
+    request.set_force(force);
+    request.set_delete_outputs(outputs);
+    return manager_->Delete(request, [] { return false; });
+  }
   absl::StatusOr<std::vector<v1::JobEvent>> WatchAll(const std::string& id, int64_t after = 0) {
     std::vector<v1::JobEvent> events;
     v1::WatchJobRequest request;
@@ -132,6 +147,7 @@ class JobManagerTest : public ::testing::Test {
   std::unique_ptr<FakeExecutor::Log> log_;
   std::unique_ptr<JobManager> manager_;
   std::string token_;
+  size_t launches_ = 0;
 };
 
 // Admission.
@@ -174,6 +190,25 @@ TEST_F(JobManagerTest, RefusesBadRequestsWithTheField) {
        [](auto& r) { r.mutable_options()->add_overrides(); }},
       {"priority", "FIELD_INVALID", "1000", [](auto& r) { r.set_priority(1001); }},
       {"request_id", "FIELD_INVALID", "printable", [](auto& r) { r.set_request_id("a b"); }},
+      {"project", "FIELD_INVALID", "a-z", [](auto& r) { r.set_project("NLP"); }},
+      {"queue_deadline", "FIELD_INVALID", "positive",
+       [](auto& r) { r.mutable_queue_deadline()->set_seconds(0); }},
+      {"run_deadline", "FIELD_INVALID", "positive",
+       [](auto& r) { r.mutable_run_deadline()->set_seconds(-1); }},
+      {"total_deadline", "FIELD_INVALID", "ten years",
+       [](auto& r) { r.mutable_total_deadline()->set_seconds(int64_t{1} << 40); }},
+      {"on_existing", "FIELD_INVALID", "OnExisting",
+       [](auto& r) { r.set_on_existing(static_cast<v1::OnExisting>(99)); }},
+      {"on_existing", "FIELD_INVALID", "overwrite",
+       [](auto& r) {
+         r.set_on_existing(v1::ON_EXISTING_FAIL);
+         r.mutable_options()->set_overwrite(true);
+       }},
+      {"destination_uri", "DESTINATION_INVALID", "versions",
+       [](auto& r) {
+         r.set_destination_uri("artifact://merged");
+         r.set_on_existing(v1::ON_EXISTING_NEW_VERSION);
+       }},
       {"labels", "FIELD_INVALID", "keys", [](auto& r) { (*r.mutable_labels())[""] = "x"; }},
   };
   for (const Case& c : cases) {
@@ -480,12 +515,217 @@ TEST_F(JobManagerTest, WorkerThatIgnoresACancelIsKilled) {
 
 TEST_F(JobManagerTest, DeleteIsForFinalJobs) {
   const std::string id = Create("out");
-  EXPECT_EQ(ReasonOf(manager_->Delete(id)), "JOB_NOT_FINAL");
+  EXPECT_EQ(ReasonOf(Delete(id)), "JOB_NOT_FINAL");
   ASSERT_THAT(manager_->Cancel(id), IsOk());
   WaitForState(id, v1::JOB_STATE_CANCELLED);
-  EXPECT_THAT(manager_->Delete(id), IsOk());
-  EXPECT_EQ(ReasonOf(manager_->Delete(id)), "JOB_NOT_FOUND");
+  EXPECT_THAT(Delete(id), IsOk());
+  EXPECT_EQ(ReasonOf(Delete(id)), "JOB_NOT_FOUND");
   EXPECT_EQ(ReasonOf(manager_->Get(id).status()), "JOB_NOT_FOUND");
+}
+
+TEST_F(JobManagerTest, ForceCancelsAndWaits) {
+  const std::string id = Create("out");
+  const v1::Job job = ClaimLaunch(1);
+  absl::Status deleted = absl::UnknownError("not yet");
+  std::thread deleting([&] { deleted = Delete(id, /*force=*/true); });
+  const absl::Time end = absl::Now() + absl::Seconds(30);
+  while (absl::Now() < end && Beat(job, v1::JOB_STATE_RUNNING)->stop() != v1::STOP_REASON_CANCEL) {
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+  ASSERT_THAT(Finish(job, [](auto& request) { request.mutable_error()->set_code(1); }), IsOk());
+  deleting.join();
+  EXPECT_THAT(deleted, IsOk());
+  EXPECT_EQ(ReasonOf(manager_->Get(id).status()), "JOB_NOT_FOUND");
+  // A queued one ends at once.
+  Create("b");
+  EXPECT_THAT(Delete(Create("c"), /*force=*/true), IsOk());
+}
+
+TEST_F(JobManagerTest, AForcedDeleteDoesNotWaitForEver) {
+  Start({.delete_wait = absl::Milliseconds(50)});
+  const std::string id = Create("out");
+  ClaimLaunch(1);
+  EXPECT_EQ(ReasonOf(Delete(id, /*force=*/true)), "JOB_NOT_FINAL");
+  EXPECT_TRUE(Get(id).cancel_requested());
+}
+
+// Of a job that has left a model: a manifest and one file.
+TEST_F(JobManagerTest, OutputsGoWithTheirJobAndNothingElse) {
+  constexpr char kManifest[] =
+      R"({"fingerprint": "f1", "files": [{"name": "model.safetensors", "bytes": 1, "sha256": ""}]})";
+  constexpr char kOther[] = R"({"fingerprint": "f2", "files": []})";
+  const std::string manifest = folder_.Write("out/pewter_manifest.json", kManifest);
+  const std::string model = folder_.Write("out/model.safetensors", "x");
+  const std::string mine = folder_.Write("out/mine.txt", "x");
+  const auto run = [&] {
+    const std::string id = Create("out");
+    const v1::Job job = ClaimLaunch(++launches_);
+    EXPECT_THAT(Finish(job,
+                       [&](auto& request) {
+                         request.mutable_output()->set_uri(folder_ / "out");
+                         request.mutable_output()->set_manifest_json(kManifest);
+                         request.mutable_output()->set_fingerprint("f1");
+                       }),
+                IsOk());
+    log_->End({.job_id = id});
+    return id;
+  };
+  std::string id = run();
+  folder_.Write("out/pewter_manifest.json", kOther);
+  EXPECT_EQ(ReasonOf(Delete(id, false, /*outputs=*/true)), "OUTPUT_CHANGED");
+  EXPECT_THAT(manager_->Get(id), IsOk());
+  EXPECT_EQ(access(model.c_str(), F_OK), 0);
+
+  folder_.Write("out/pewter_manifest.json", kManifest);
+  EXPECT_THAT(Delete(id, false, /*outputs=*/true), IsOk());
+  EXPECT_NE(access(manifest.c_str(), F_OK), 0);
+  EXPECT_NE(access(model.c_str(), F_OK), 0);
+  EXPECT_EQ(access(mine.c_str(), F_OK), 0);
+
+  // A run has begun to replace what this job has left.
+  id = run();
+  folder_.Write("out/.pewter-state.json", "{}");
+  folder_.Write("out/model.safetensors", "y");
+  EXPECT_EQ(ReasonOf(Delete(id, false, /*outputs=*/true)), "OUTPUT_CHANGED");
+  EXPECT_EQ(access(model.c_str(), F_OK), 0);
+  // Without them the record alone goes.
+  EXPECT_THAT(Delete(id), IsOk());
+  EXPECT_EQ(access(model.c_str(), F_OK), 0);
+}
+
+// Retrying.
+
+TEST_F(JobManagerTest, ARetryIsANewJobOfTheSameRequest) {
+  v1::CreateJobRequest request = Request("out");
+  request.set_request_id("r1");
+  request.set_priority(3);
+  request.set_project("nlp");
+  (*request.mutable_labels())["team"] = "x";
+  request.mutable_options()->set_seed(7);
+  request.mutable_run_deadline()->set_seconds(600);
+  request.set_on_existing(v1::ON_EXISTING_REUSE_IF_IDENTICAL);
+  const auto first = manager_->Create(request);
+  ASSERT_THAT(first, IsOk());
+  EXPECT_EQ(ReasonOf(Retry(first->id()).status()), "JOB_NOT_FINAL");
+  ASSERT_THAT(manager_->Cancel(first->id()), IsOk());
+  WaitForState(first->id(), v1::JOB_STATE_CANCELLED);
+
+  const auto again = Retry(first->id(), "r2");
+  ASSERT_THAT(again, IsOk());
+  EXPECT_NE(again->id(), first->id());
+  EXPECT_EQ(again->retry_of(), first->id());
+  EXPECT_EQ(again->request_id(), "r2");
+  EXPECT_EQ(again->state(), v1::JOB_STATE_QUEUED);
+  EXPECT_EQ(again->project(), "nlp");
+  EXPECT_EQ(again->recipe(), first->recipe());
+  EXPECT_EQ(again->destination_uri(), first->destination_uri());
+  EXPECT_EQ(again->priority(), 3);
+  EXPECT_EQ(again->labels().at("team"), "x");
+  EXPECT_EQ(again->options().seed(), 7u);
+  EXPECT_EQ(again->run_deadline().seconds(), 600);
+  EXPECT_EQ(again->on_existing(), v1::ON_EXISTING_REUSE_IF_IDENTICAL);
+  EXPECT_EQ(Get(first->id()).state(), v1::JOB_STATE_CANCELLED);
+
+  // The same call gives the same job; the same id for anything else is refused.
+  EXPECT_EQ(Retry(first->id(), "r2")->id(), again->id());
+  EXPECT_EQ(ReasonOf(Retry(first->id(), "r1").status()), "REQUEST_ID_REUSED");
+  request.set_request_id("r2");
+  EXPECT_EQ(ReasonOf(manager_->Create(request).status()), "REQUEST_ID_REUSED");
+  // Two jobs do not write one place.
+  EXPECT_EQ(ReasonOf(Retry(first->id()).status()), "DESTINATION_BUSY");
+  EXPECT_EQ(ReasonOf(Retry("none").status()), "JOB_NOT_FOUND");
+}
+
+TEST_F(JobManagerTest, ARetryIsAdmittedAnew) {
+  const std::string id = Create("out");
+  ASSERT_THAT(manager_->Cancel(id), IsOk());
+  WaitForState(id, v1::JOB_STATE_CANCELLED);
+  Start({.access = AccessPolicy::Make({}, {"s3://elsewhere"}).value()});
+  EXPECT_EQ(ReasonOf(Retry(id).status()), "OUTPUT_PREFIX_DENIED");
+  EXPECT_EQ(ReasonOf(Retry(id, "a b").status()), "FIELD_INVALID");
+}
+
+// Projects and deadlines.
+
+TEST_F(JobManagerTest, LimitsOfAProjectHold) {
+  Start({.workers = 4}, {"small:running=1,queued=1"});
+  const auto create = [&](const std::string& name) {
+    v1::CreateJobRequest request = Request(name);
+    request.set_project("small");
+    return manager_->Create(request);
+  };
+  ASSERT_THAT(create("a"), IsOk());
+  const v1::Job running = ClaimLaunch(1);
+  ASSERT_THAT(create("b"), IsOk());
+  EXPECT_EQ(ReasonOf(create("c").status()), "QUOTA_JOBS");
+  absl::SleepFor(absl::Milliseconds(50));
+  {
+    absl::MutexLock lock(&log_->mutex);
+    EXPECT_EQ(log_->launches.size(), 1u);
+  }
+  ASSERT_THAT(Succeed(running), IsOk());
+  log_->End({.job_id = running.id()});
+  EXPECT_NE(log_->WaitForLaunch(2).job_id, running.id());
+}
+
+TEST_F(JobManagerTest, QueuedJobBeyondItsDeadlineFails) {
+  Start({.look = absl::Milliseconds(20)});
+  Create("a");
+  log_->WaitForLaunch(1);
+  v1::CreateJobRequest request = Request("b");
+  request.mutable_queue_deadline()->set_nanos(30'000'000);
+  const auto job = manager_->Create(request);
+  ASSERT_THAT(job, IsOk());
+  const v1::Job failed = WaitForState(job->id(), v1::JOB_STATE_FAILED);
+  EXPECT_EQ(failed.error().reason(), "QUEUE_DEADLINE");
+  EXPECT_EQ(failed.error().code(), 4);
+  EXPECT_EQ(failed.attempt(), 0);
+}
+
+TEST_F(JobManagerTest, RunningJobBeyondItsDeadlineIsToldToStop) {
+  v1::CreateJobRequest request = Request("out");
+  request.mutable_run_deadline()->set_nanos(200'000'000);
+  request.mutable_total_deadline()->set_seconds(100);
+  const auto created = manager_->Create(request);
+  ASSERT_THAT(created, IsOk());
+  const v1::Job job = ClaimLaunch(1);
+  EXPECT_EQ(Beat(job, v1::JOB_STATE_RUNNING)->stop(), v1::STOP_REASON_UNSPECIFIED);
+  const absl::Time end = absl::Now() + absl::Seconds(30);
+  v1::StopReason stop = v1::STOP_REASON_UNSPECIFIED;
+  while (stop == v1::STOP_REASON_UNSPECIFIED && absl::Now() < end) {
+    absl::SleepFor(absl::Milliseconds(5));
+    stop = Beat(job, v1::JOB_STATE_RUNNING)->stop();
+  }
+  EXPECT_EQ(stop, v1::STOP_REASON_DEADLINE);
+  ASSERT_THAT(Finish(job, [](auto& request) { request.mutable_error()->set_code(1); }), IsOk());
+  const v1::Job failed = Get(job.id());
+  EXPECT_EQ(failed.state(), v1::JOB_STATE_FAILED);
+  EXPECT_EQ(failed.error().reason(), "RUN_DEADLINE");
+  EXPECT_EQ(failed.error().metadata().at("limit"), "200ms");
+}
+
+TEST_F(JobManagerTest, WorkerThatIgnoresADeadlineIsKilled) {
+  Start({.cancel_grace = absl::Milliseconds(30)});
+  v1::CreateJobRequest request = Request("out");
+  request.mutable_total_deadline()->set_nanos(300'000'000);
+  const auto created = manager_->Create(request);
+  ASSERT_THAT(created, IsOk());
+  ClaimLaunch(1);
+  const v1::Job failed = WaitForState(created->id(), v1::JOB_STATE_FAILED);
+  EXPECT_EQ(failed.error().reason(), "TOTAL_DEADLINE");
+  EXPECT_EQ(failed.attempt(), 1);
+  absl::MutexLock lock(&log_->mutex);
+  EXPECT_THAT(log_->kills, Contains(created->id()));
+}
+
+TEST_F(JobManagerTest, AMergeThatIsDoneIsDoneWhateverTheDeadline) {
+  v1::CreateJobRequest request = Request("out");
+  request.mutable_run_deadline()->set_nanos(500'000'000);
+  ASSERT_THAT(manager_->Create(request), IsOk());
+  const v1::Job job = ClaimLaunch(1);
+  absl::SleepFor(absl::Milliseconds(600));
+  ASSERT_THAT(Succeed(job), IsOk());
+  EXPECT_EQ(Get(job.id()).state(), v1::JOB_STATE_SUCCEEDED);
 }
 
 // Restarts.

@@ -13,7 +13,7 @@ namespace {
 //                           U  Q  P  R  B  S  F  C
 constexpr const char* kExpected[8] = {
     /* UNSPECIFIED */ "........",
-    /* QUEUED      */ "..x....x",
+    /* QUEUED      */ "..x...xx",
     /* PLANNING    */ ".x.x..xx",
     /* RUNNING     */ ".x..x.xx",
     /* PUBLISHING  */ ".x...xxx",

@@ -18,11 +18,11 @@ using ::testing::Not;
 
 class SqliteFixture final : public JobStoreFixture {
  public:
-  SqliteFixture() { Reopen(); }
+  SqliteFixture() { Reopen({}); }
   JobStore& store() override { return *store_; }
-  void Reopen() override {
+  void Reopen(const ProjectPolicy& projects) override {
     store_.reset();
-    auto opened = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"));
+    auto opened = OpenJobStore(absl::StrCat("sqlite:", folder_ / "jobs.db"), projects);
     ASSERT_THAT(opened, IsOk());
     store_ = *std::move(opened);
   }

@@ -7,9 +7,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -27,6 +30,7 @@ namespace {
 
 using ::pewter::testing::IsOk;
 using ::pewter::testing::TempFolder;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 class MergeServiceTest : public ::testing::Test {
@@ -88,6 +92,26 @@ class MergeServiceTest : public ::testing::Test {
     log_.End({.job_id = launch.job_id});
   }
 
+  // The details of an error, which must have exactly one ErrorInfo, of `reason`.
+  static google::rpc::Status DetailsOf(const grpc::Status& status, const std::string& reason) {
+    EXPECT_FALSE(status.ok());
+    google::rpc::Status details;
+    EXPECT_TRUE(details.ParseFromString(status.error_details()));
+    EXPECT_EQ(details.code(), status.error_code());
+    EXPECT_LE(status.error_details().size(), 4096u);
+    std::vector<std::string> infos;
+    std::set<std::string> types;
+    for (const auto& detail : details.details()) {
+      EXPECT_TRUE(types.insert(detail.type_url()).second) << detail.type_url();
+      google::rpc::ErrorInfo info;
+      if (!detail.UnpackTo(&info)) continue;
+      EXPECT_EQ(info.domain(), "pewter.dev");
+      infos.push_back(info.reason());
+    }
+    EXPECT_THAT(infos, ElementsAre(reason)) << status.error_message();
+    return details;
+  }
+
   TempFolder folder_;
   FakeExecutor::Log log_;
   Planner planner_{1};
@@ -117,6 +141,140 @@ TEST_F(MergeServiceTest, BadRecipeComesBackAsFieldViolation) {
   ASSERT_EQ(bad.field_violations_size(), 1);
   EXPECT_EQ(bad.field_violations(0).field(), "recipe");
   EXPECT_THAT(bad.field_violations(0).description(), HasSubstr("recipe:"));
+}
+
+TEST_F(MergeServiceTest, AllProblemsComeBackAtOnceWithTheirPlaces) {
+  v1::CreateJobRequest request = Request();
+  request.set_recipe(
+      "merge_method: linear\n"
+      "dtype: float99\n"
+      "models:\n"
+      "  - weight: 1\n"
+      "  - model: a@b@c\n");
+  request.set_priority(5000);
+  request.mutable_options()->set_threads(-1);
+  grpc::ClientContext context;
+  v1::CreateJobResponse response;
+  const google::rpc::Status details =
+      DetailsOf(stub_->CreateJob(&context, request, &response), "FIELD_INVALID");
+  google::rpc::BadRequest bad;
+  for (const auto& detail : details.details()) detail.UnpackTo(&bad);
+  std::vector<std::string> fields, places;
+  for (const auto& violation : bad.field_violations()) {
+    fields.push_back(violation.field());
+    if (violation.field() == "recipe") places.push_back(violation.description().substr(0, 11));
+  }
+  EXPECT_THAT(fields, ElementsAre("options.threads", "priority", "recipe", "recipe", "recipe"));
+  EXPECT_THAT(places, ElementsAre("recipe:2:8:", "recipe:4:5:", "recipe:5:12"));
+
+  v1::PlanMergeRequest plan;
+  plan.set_recipe(request.recipe());
+  grpc::ClientContext plan_context;
+  v1::PlanMergeResponse planned;
+  ASSERT_TRUE(stub_->PlanMerge(&plan_context, plan, &planned).ok());
+  ASSERT_EQ(planned.findings_size(), 3);
+  EXPECT_EQ(planned.findings(1).line(), 4);
+  EXPECT_EQ(planned.findings(1).column(), 5);
+}
+
+// What clients can meet, each with one ErrorInfo of our domain and the details that belong to it.
+TEST_F(MergeServiceTest, EveryErrorHasOneErrorInfo) {
+  const auto call = [&](auto method, const auto& request, auto response) {
+    grpc::ClientContext context;
+    return (stub_.get()->*method)(&context, request, &response);
+  };
+  using Stub = v1::MergeService::Stub;
+  const auto create = [&](const std::function<void(v1::CreateJobRequest&)>& change) {
+    v1::CreateJobRequest request = Request();
+    change(request);
+    return call(&Stub::CreateJob, request, v1::CreateJobResponse());
+  };
+  const auto has = [](const google::rpc::Status& details, auto detail) {
+    return std::any_of(details.details().begin(), details.details().end(),
+                       [&](const auto& any) { return any.UnpackTo(&detail); });
+  };
+  const google::rpc::BadRequest bad;
+  const google::rpc::ResourceInfo resource;
+  const google::rpc::PreconditionFailure precondition;
+
+  // Of requests.
+  for (const auto& [reason, change] :
+       std::vector<std::pair<const char*, std::function<void(v1::CreateJobRequest&)>>>{
+           {"RECIPE_INVALID", [](auto& r) { r.clear_recipe(); }},
+           {"RELATIVE_PATH",
+            [](auto& r) { r.set_recipe("models: [{model: a}]\nmerge_method: passthrough\n"); }},
+           {"DESTINATION_INVALID", [](auto& r) { r.clear_destination_uri(); }},
+           {"FIELD_INVALID", [](auto& r) { r.set_project("-"); }}}) {
+    EXPECT_TRUE(has(DetailsOf(create(change), reason), bad)) << reason;
+  }
+  ASSERT_TRUE(create([](auto& r) { r.set_request_id("r1"); }).ok());
+  DetailsOf(create([](auto& r) {
+              r.set_request_id("r1");
+              r.set_priority(1);
+            }),
+            "REQUEST_ID_REUSED");
+  EXPECT_TRUE(has(DetailsOf(create([](auto&) {}), "DESTINATION_BUSY"), resource));
+  const std::string id = log_.WaitForLaunch(1).job_id;
+
+  // Of every call that names a job.
+  const auto of_job = [&](auto method, auto request, auto response, const std::string& job) {
+    request.set_job_id(job);
+    return call(method, request, response);
+  };
+  for (const grpc::Status& status :
+       {of_job(&Stub::GetJob, v1::GetJobRequest(), v1::GetJobResponse(), "none"),
+        of_job(&Stub::CancelJob, v1::CancelJobRequest(), v1::CancelJobResponse(), "none"),
+        of_job(&Stub::RetryJob, v1::RetryJobRequest(), v1::RetryJobResponse(), "none"),
+        of_job(&Stub::DeleteJob, v1::DeleteJobRequest(), v1::DeleteJobResponse(), "none")}) {
+    EXPECT_TRUE(has(DetailsOf(status, "JOB_NOT_FOUND"), resource));
+  }
+  for (const grpc::Status& status :
+       {of_job(&Stub::RetryJob, v1::RetryJobRequest(), v1::RetryJobResponse(), id),
+        of_job(&Stub::DeleteJob, v1::DeleteJobRequest(), v1::DeleteJobResponse(), id)}) {
+    EXPECT_TRUE(has(DetailsOf(status, "JOB_NOT_FINAL"), precondition));
+  }
+
+  // Of lists and plans.
+  v1::ListJobsRequest list;
+  list.set_page_size(-1);
+  EXPECT_TRUE(
+      has(DetailsOf(call(&Stub::ListJobs, list, v1::ListJobsResponse()), "FIELD_INVALID"), bad));
+  list.set_page_size(0);
+  list.set_page_token("x");
+  EXPECT_TRUE(has(
+      DetailsOf(call(&Stub::ListJobs, list, v1::ListJobsResponse()), "PAGE_TOKEN_INVALID"), bad));
+  v1::PlanMergeRequest plan;
+  EXPECT_TRUE(
+      has(DetailsOf(call(&Stub::PlanMerge, plan, v1::PlanMergeResponse()), "RECIPE_INVALID"), bad));
+
+  // Of watches.
+  const auto watch = [&](const std::string& job, int64_t after) {
+    v1::WatchJobRequest request;
+    request.set_job_id(job);
+    request.set_after_sequence(after);
+    grpc::ClientContext context;
+    const auto stream = stub_->WatchJob(&context, request);
+    v1::WatchJobResponse response;
+    while (stream->Read(&response)) {
+    }
+    return stream->Finish();
+  };
+  EXPECT_TRUE(has(DetailsOf(watch("none", 0), "JOB_NOT_FOUND"), resource));
+  EXPECT_TRUE(has(DetailsOf(watch(id, -1), "FIELD_INVALID"), bad));
+  DetailsOf(watch(id, 1000), "SEQUENCE_AHEAD");
+
+  // Of workers.
+  grpc::ClientContext context;
+  v1::ClaimJobResponse claimed;
+  v1::ClaimJobRequest claim;
+  claim.set_job_id(id);
+  DetailsOf(worker_stub_->ClaimJob(&context, claim, &claimed), "TOKEN_INVALID");
+
+  jobs_->Drain(absl::ZeroDuration());
+  const google::rpc::RetryInfo retry;
+  EXPECT_TRUE(has(
+      DetailsOf(create([](auto& r) { r.set_destination_uri("/elsewhere"); }), "DRAINING"), retry));
+  EXPECT_TRUE(has(DetailsOf(watch(id, 0), "DRAINING"), retry));
 }
 
 TEST_F(MergeServiceTest, JobIsWatchedToItsEndAndRead) {

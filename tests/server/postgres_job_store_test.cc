@@ -5,7 +5,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "absl/strings/escaping.h"
 #include "server/jobs/job_rules.h"
+#include "server/jobs/migrations.h"
 #include "server/jobs/postgres.h"
 #include "tests/contract/job_store_contract.h"
 #include "tests/server/postgres_server.h"
@@ -18,11 +20,11 @@ using ::testing::Not;
 
 class PostgresFixture final : public JobStoreFixture {
  public:
-  explicit PostgresFixture(PostgresServer* server) : url_(server->MakeDatabase()) { Reopen(); }
+  explicit PostgresFixture(PostgresServer* server) : url_(server->MakeDatabase()) { Reopen({}); }
   JobStore& store() override { return *store_; }
-  void Reopen() override {
+  void Reopen(const ProjectPolicy& projects) override {
     store_.reset();
-    auto opened = OpenJobStore(url_);
+    auto opened = OpenJobStore(url_, projects);
     ASSERT_THAT(opened, IsOk());
     store_ = *std::move(opened);
   }
@@ -58,6 +60,7 @@ class PostgresJobStoreTest : public ::testing::Test {
   static NewJob MakeJob(const std::string& id) {
     NewJob request;
     request.job.set_id(id);
+    request.job.set_project(kDefaultProject);
     request.job.set_request_id(absl::StrCat("request ", id));
     request.destination_key = id;
     return request;
@@ -161,6 +164,38 @@ TEST_F(PostgresJobStoreTest, ServersThatStartTogetherMakeOneSchema) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(server_->Run(url_, "SELECT count(*) FROM pewter_version"), "1");
+}
+
+TEST_F(PostgresJobStoreTest, BringsADatabaseOfVersionOneUpToDate) {
+  url_ = server_->MakeDatabase();
+  v1::Job spec, status;
+  spec.set_id("a");
+  status.set_state(v1::JOB_STATE_QUEUED);
+  status.set_sequence(1);
+  const auto hex = [](const v1::Job& job) {
+    return absl::BytesToHexString(job.SerializeAsString());
+  };
+  server_->Run(
+      url_, absl::StrCat(kPostgresMigrations[0],
+                         "CREATE TABLE pewter_version (version BIGINT NOT NULL);"
+                         "INSERT INTO pewter_version VALUES (1);"
+                         "INSERT INTO pewter_jobs (id, request_digest, destination_key, priority, "
+                         "state, spec, status) VALUES ('a', '', '/out', 3, 1, '\\x",
+                         hex(spec), "', '\\x", hex(status), "')"));
+  const std::unique_ptr<JobStore> store = Open();
+  ASSERT_NE(store, nullptr);
+  EXPECT_EQ(store->Get("a")->project(), kDefaultProject);
+  // Older than what comes after it.
+  NewJob later = MakeJob("b");
+  later.job.set_project(kDefaultProject);
+  later.job.set_priority(3);
+  ASSERT_THAT(store->Create(later, 10), IsOk());
+  for (const char* id : {"a", "b"}) {
+    const auto claimed = store->Claim("server", absl::Seconds(60));
+    ASSERT_THAT(claimed, IsOk());
+    ASSERT_TRUE(claimed->job);
+    EXPECT_EQ(claimed->job->id(), id);
+  }
 }
 
 TEST_F(PostgresJobStoreTest, RefusesADatabaseOfANewerVersion) {

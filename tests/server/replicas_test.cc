@@ -360,7 +360,9 @@ TEST_F(ReplicasTest, AnyServerCancels) {
   // Its worker ends without a word.
   a->log().End({.job_id = id, .exit_code = 1});
   WaitForState(*b, id, v1::JOB_STATE_CANCELLED);
-  EXPECT_THAT((*b)->Delete(id), IsOk());
+  v1::DeleteJobRequest remove;
+  remove.set_job_id(id);
+  EXPECT_THAT((*b)->Delete(remove, [] { return false; }), IsOk());
   EXPECT_EQ(ReasonOf((*a)->Get(id).status()), "JOB_NOT_FOUND");
 }
 
