@@ -509,7 +509,7 @@ def test_stages_are_planned_before_the_first_is_merged(cli, models):
     wrong = cli.recipe(STAGES.replace("model: half", "model: hlaf"), "wrong.yaml")
     assert "wrong.yaml:11:12" in cli("merge", wrong, "out", expect=NOT_FOUND).err
     circle = cli.recipe(STAGES.replace("model: b", "model: half"), "circle.yaml")
-    assert "circle.yaml:6:12: documents depend on each other in a circle" in cli("merge", circle, "out", expect=USAGE).err
+    assert "circle.yaml:6:12: error: documents depend on each other in a circle" in cli("merge", circle, "out", expect=USAGE).err
     assert not (cli.folder / "out").exists() and not (cli.folder / "out.stages").exists()
 
 
