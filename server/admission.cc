@@ -144,9 +144,8 @@ void CheckLabels(const google::protobuf::Map<std::string, std::string>& labels,
 void CheckDeadline(bool given, const google::protobuf::Duration& deadline, absl::string_view field,
                    Violations& violations) {
   if (!given) return;
-  const bool valid = std::abs(int64_t{deadline.nanos()}) < 1'000'000'000 &&
-                     deadline.seconds() >= 0 && deadline.nanos() >= 0 &&
-                     deadline.seconds() <= kMaxDeadlineSeconds &&
+  const bool valid = deadline.seconds() >= 0 && deadline.seconds() <= kMaxDeadlineSeconds &&
+                     deadline.nanos() >= 0 && deadline.nanos() < 1'000'000'000 &&
                      (deadline.seconds() > 0 || deadline.nanos() > 0);
   if (!valid) violations.Add("FIELD_INVALID", field, "must be positive, and at most ten years");
 }
@@ -302,6 +301,10 @@ absl::Status CheckListJobs(const v1::ListJobsRequest& request) {
     violations.Add("FIELD_INVALID", "page_size", "must not be negative");
   }
   CheckLabels(request.filter().labels(), "filter.labels", violations);
+  if (const std::string& project = request.filter().project();
+      !project.empty() && !IsProjectId(project)) {
+    violations.Add("FIELD_INVALID", "filter.project", "is not a project");
+  }
   for (const int state : request.filter().states()) {
     if (state == v1::JOB_STATE_UNSPECIFIED || !v1::JobState_IsValid(state)) {
       violations.Add("FIELD_INVALID", "filter.states",

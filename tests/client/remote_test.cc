@@ -108,7 +108,7 @@ TEST_F(RemoteTest, RepeatsWhatIsIdempotent) {
 TEST_F(RemoteTest, ErrorsCarryTheFieldViolations) {
   const auto job = remote_->GetJob("?");
   ASSERT_TRUE(absl::IsInvalidArgument(job.status()));
-  EXPECT_EQ(job.status().message(), "bad request\n  job_id: must be a job's id");
+  EXPECT_EQ(job.status().message(), "job_id: must be a job's id");
 }
 
 TEST_F(RemoteTest, WatchResumesBehindTheLastEvent) {

@@ -497,6 +497,7 @@ TEST_F(ArtifactServiceTest, WhatAJobHasWrittenIsReadAndNothingElse) {
   v1::Job job;
   job.set_id("j1");
   job.set_destination_uri(folder_ / "out");
+  job.mutable_output()->set_uri(folder_ / "out");
   job.mutable_output()->set_manifest_json(
       absl::StrCat(R"({"files": [{"name": "model.safetensors", "bytes": 7, "sha256": ")",
                    Sha256::Of("weights"), R"("}]})"));
@@ -510,6 +511,9 @@ TEST_F(ArtifactServiceTest, WhatAJobHasWrittenIsReadAndNothingElse) {
   // A manifest that names what lies elsewhere is none.
   job.mutable_output()->set_manifest_json(R"({"files": [{"name": "../id_rsa", "bytes": 7}]})");
   EXPECT_FALSE(DescribeJobOutput(job).ok());
+  const std::string secret = folder_.Write("id_rsa", "secret!");
+  EXPECT_FALSE(DeleteJobOutput(job).ok());
+  EXPECT_TRUE(std::filesystem::exists(secret));
   EXPECT_EQ(ReasonOf(Read("jobs/j1/model.safetensors").status()), "JOB_NOT_FOUND");
 }
 

@@ -707,7 +707,7 @@ TEST_F(JobManagerTest, RunningJobBeyondItsDeadlineIsToldToStop) {
 TEST_F(JobManagerTest, WorkerThatIgnoresADeadlineIsKilled) {
   Start({.cancel_grace = absl::Milliseconds(30)});
   v1::CreateJobRequest request = Request("out");
-  request.mutable_total_deadline()->set_nanos(300'000'000);
+  request.mutable_total_deadline()->set_seconds(3);
   const auto created = manager_->Create(request);
   ASSERT_THAT(created, IsOk());
   ClaimLaunch(1);
@@ -720,10 +720,10 @@ TEST_F(JobManagerTest, WorkerThatIgnoresADeadlineIsKilled) {
 
 TEST_F(JobManagerTest, AMergeThatIsDoneIsDoneWhateverTheDeadline) {
   v1::CreateJobRequest request = Request("out");
-  request.mutable_run_deadline()->set_nanos(500'000'000);
+  request.mutable_run_deadline()->set_seconds(2);
   ASSERT_THAT(manager_->Create(request), IsOk());
   const v1::Job job = ClaimLaunch(1);
-  absl::SleepFor(absl::Milliseconds(600));
+  absl::SleepFor(absl::Milliseconds(2100));
   ASSERT_THAT(Succeed(job), IsOk());
   EXPECT_EQ(Get(job.id()).state(), v1::JOB_STATE_SUCCEEDED);
 }
@@ -918,6 +918,9 @@ TEST_F(JobManagerTest, ListPagesWithBoundTokens) {
   EXPECT_EQ(ReasonOf(manager_->List(request).status()), "PAGE_TOKEN_INVALID");
   request.clear_page_token();
   request.set_page_size(-1);
+  EXPECT_EQ(ReasonOf(manager_->List(request).status()), "FIELD_INVALID");
+  request.set_page_size(0);
+  request.mutable_filter()->set_project("No");
   EXPECT_EQ(ReasonOf(manager_->List(request).status()), "FIELD_INVALID");
 }
 
