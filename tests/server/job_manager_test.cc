@@ -684,7 +684,7 @@ TEST_F(JobManagerTest, QueuedJobBeyondItsDeadlineFails) {
 
 TEST_F(JobManagerTest, RunningJobBeyondItsDeadlineIsToldToStop) {
   v1::CreateJobRequest request = Request("out");
-  request.mutable_run_deadline()->set_nanos(200'000'000);
+  request.mutable_run_deadline()->set_seconds(2);
   request.mutable_total_deadline()->set_seconds(100);
   const auto created = manager_->Create(request);
   ASSERT_THAT(created, IsOk());
@@ -701,7 +701,7 @@ TEST_F(JobManagerTest, RunningJobBeyondItsDeadlineIsToldToStop) {
   const v1::Job failed = Get(job.id());
   EXPECT_EQ(failed.state(), v1::JOB_STATE_FAILED);
   EXPECT_EQ(failed.error().reason(), "RUN_DEADLINE");
-  EXPECT_EQ(failed.error().metadata().at("limit"), "200ms");
+  EXPECT_EQ(failed.error().metadata().at("limit"), "2s");
 }
 
 TEST_F(JobManagerTest, WorkerThatIgnoresADeadlineIsKilled) {
