@@ -82,7 +82,8 @@ std::shared_ptr<void> ReadAhead::Announce(std::string object, int64_t offset, in
     by_object_.emplace(intent->object, intent);
     FetchMore();
   }
-  return std::shared_ptr<void>(nullptr, [this, intent](void*) { Close(intent); });
+  // Not null, which would say that nothing was announced.
+  return std::shared_ptr<void>(intent.get(), [this, intent](void*) { Close(intent); });
 }
 
 void ReadAhead::Close(const std::shared_ptr<Intent>& intent) {

@@ -53,6 +53,8 @@ TEST(ReadAheadTest, OnlyWhatIsAnnounced) {
   std::vector<std::byte> out(100);
   EXPECT_FALSE(*ahead.Read("a", 0, absl::MakeSpan(out)));
   const auto intent = ahead.Announce("a", 1000, 3 * kBlock, object.fetch());
+  EXPECT_NE(intent, nullptr);  // who gets null has nothing to keep
+  EXPECT_EQ(ahead.Announce("a", 0, 0, object.fetch()), nullptr);
   EXPECT_FALSE(*ahead.Read("a", 999, absl::MakeSpan(out)));
   EXPECT_FALSE(*ahead.Read("b", 1000, absl::MakeSpan(out)));
   EXPECT_FALSE(*ahead.Read("a", 1000 + 3 * kBlock - 99, absl::MakeSpan(out)));
