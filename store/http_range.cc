@@ -27,7 +27,7 @@ absl::Status CheckRange(int64_t offset, int64_t size, const HttpResponse& respon
   if (!bytes || dash == absl::string_view::npos || slash == absl::string_view::npos ||
       slash < dash || !absl::SimpleAtoi(range.substr(0, dash), &first) ||
       !absl::SimpleAtoi(range.substr(dash + 1, slash - dash - 1), &last) || first != offset ||
-      last >= offset + size) {
+      last < first || last >= offset + size) {
     return absl::DataLossError(absl::StrCat(
         "the store sent another range than bytes ", offset, "-", offset + size - 1, ": \"",
         absl::Utf8SafeCHexEscape(response.Header("content-range").substr(0, 100)), "\""));
