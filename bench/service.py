@@ -130,6 +130,7 @@ def main():
         for database in databases:
             report[database] = {"store_claims": claims(arguments, make[database]("claims"))}
             report[database] |= serve(arguments, scratch / database, make[database]("served"))
+            print(f"{database}: {json.dumps(report[database])}\n", flush=True)
     report["machine"]["load_after"] = os.getloadavg()
 
     def milliseconds(samples):

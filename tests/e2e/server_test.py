@@ -500,3 +500,16 @@ def test_outputs_go_with_their_job(server, tiny, tmp_path):
     server.pewter("jobs", "delete", job, "--outputs")
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     server.pewter("jobs", "get", job, code=3)
+
+
+def test_a_wrapper_of_the_workers(tmp_path, tiny):
+    wrapper = tmp_path / "worker"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/started\nulimit -c 0\nexec {PEWTERD} "$@"\n')
+    wrapper.chmod(0o755)
+    server = Server(tmp_path / "data", "--worker-program", wrapper)
+    try:
+        job = server.submit(linear(tiny / "a", tiny / "b"), tmp_path / "out")
+        server.wait(job, "SUCCEEDED")
+        assert f"--job {job}" in (tmp_path / "started").read_text()
+    finally:
+        server.kill()
