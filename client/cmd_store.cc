@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "client/commands.h"
 #include "client/exit_code.h"
+#include "store/housekeeping.h"
 #include "store/s3_check.h"
 
 namespace pewter::client {
@@ -73,27 +74,26 @@ struct CleanArguments {
 };
 
 absl::StatusOr<int> RunClean(const CleanArguments& arguments, Output& out) {
-  RETURN_IF_ERROR(RequireS3(arguments.uri));
   absl::Duration age;
   if (!absl::ParseDuration(arguments.older_than, &age) || age < absl::ZeroDuration()) {
     return absl::InvalidArgumentError(
         absl::StrCat("--older-than ", arguments.older_than, " is no time; write 24h or 30m"));
   }
-  ASSIGN_OR_RETURN(S3Store::Place place, S3Store::Parse(arguments.uri));
-  ASSIGN_OR_RETURN(std::shared_ptr<S3Client> client, S3Store::Client());
-  ASSIGN_OR_RETURN(const int64_t aborted,
-                   S3Store(std::move(client), std::move(place)).AbortUploads(absl::Now() - age));
+  ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store, OpenStore(arguments.uri));
+  ASSIGN_OR_RETURN(const int64_t aborted, RemoveUnfinished(*store, absl::Now() - age));
   if (out.json()) {
     out.Print({{"uri", arguments.uri}, {"aborted", aborted}});
   } else if (!out.quiet()) {
-    out.Text(absl::StrCat(FormatCount(aborted, "unfinished upload"), " removed\n"));
+    out.Text(absl::StrCat(FormatCount(aborted, "unfinished file"), " removed\n"));
   }
   return kExitDone;
 }
 
 CommandBody DeclareClean(CLI::App& app) {
   auto arguments = std::make_shared<CleanArguments>();
-  app.add_option("uri", arguments->uri, "s3://BUCKET[/PREFIX]")->required()->type_name("URI");
+  app.add_option("uri", arguments->uri, "A folder or s3://BUCKET[/PREFIX]")
+      ->required()
+      ->type_name("URI");
   app.add_option("--older-than", arguments->older_than, "Only what began so long ago; default: 24h")
       ->type_name("TIME");
   return [arguments](Output& out) { return RunClean(*arguments, out); };
@@ -102,9 +102,9 @@ CommandBody DeclareClean(CLI::App& app) {
 }  // namespace
 
 CommandBody DeclareStore(CLI::App& app) {
-  return DeclareGroup(
-      app, {{"check", "Try what pewter needs of an object store", &DeclareCheck},
-            {"clean", "Remove uploads that interrupted merges have begun", &DeclareClean}});
+  return DeclareGroup(app, {{"check", "Try what pewter needs of an object store", &DeclareCheck},
+                            {"clean", "Remove files and uploads that interrupted merges have begun",
+                             &DeclareClean}});
 }
 
 }  // namespace pewter::client

@@ -20,13 +20,16 @@
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "base/digest.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "merge/engine/manifest.h"
+#include "server/collector.h"
 #include "server/digest.h"
 #include "server/errors.h"
 #include "server/log.h"
 #include "store/artifact_store.h"
+#include "store/housekeeping.h"
 #include "store/object_key.h"
 
 namespace pewter::server {
@@ -42,7 +45,6 @@ constexpr int kMaxPage = 1000;
 constexpr int64_t kMaxManifest = int64_t{256} << 20;
 constexpr int64_t kCopyBytes = int64_t{8} << 20;
 constexpr absl::Duration kTakeOverLimit = absl::Seconds(10);
-constexpr absl::Duration kSweepInterval = absl::Hours(1);
 
 // The path of a folder, nothing for another URI.
 std::string FolderOf(absl::string_view uri) {
@@ -206,7 +208,8 @@ absl::StatusOr<std::unique_ptr<ArtifactManager>> ArtifactManager::Open(ArtifactO
             {{"error", std::string(swept.message())}});
       }
       absl::MutexLock lock(&self->mutex_);
-      if (!self->stopping_) self->stop_.WaitWithTimeout(&self->mutex_, kSweepInterval);
+      if (!self->stopping_)
+        self->stop_.WaitWithTimeout(&self->mutex_, SweepInterval(self->options_.retention));
       if (self->stopping_) return;
     }
   });
@@ -275,6 +278,7 @@ absl::StatusOr<v1::Artifact> ArtifactManager::Create(const v1::CreateArtifactReq
   if (!before.ok()) {
     if (!absl::IsNotFound(before.status())) return before.status();
     RETURN_IF_ERROR(WriteText(*root_, SetKey(uri.name), text));
+    RETURN_IF_ERROR(Reach(Failpoint::kSetWritten));
   }
   // After the set was written, so that no other server's sweep comes between.
   std::vector<std::string> missing;
@@ -490,9 +494,11 @@ absl::Status ArtifactManager::Publish(int fd, const std::string& partial,
       unlink(partial.c_str());
       return failure;
     }
+    RETURN_IF_ERROR(Reach(Failpoint::kBlobSynced));
     if (rename(partial.c_str(), path.c_str()) != 0) return FileError("make", path, errno);
     RETURN_IF_ERROR(SyncFolder(folder));
   }
+  RETURN_IF_ERROR(Reach(Failpoint::kBlobPublished));
   absl::MutexLock lock(&mutex_);
   unnamed_.erase(name.sha256);
   blob_bytes_ += name.size;
@@ -583,6 +589,7 @@ absl::Status ArtifactManager::Upload::Finish() {
 
 absl::Status ArtifactManager::Sweep(absl::Time now) {
   RETURN_IF_ERROR(SweepPartial(now));
+  RETURN_IF_ERROR(RemoveUnfinished(*root_, now - options_.retention).status());
   return SweepBlobs(now);
 }
 
@@ -672,8 +679,8 @@ absl::StatusOr<ArtifactManager::Object> FindJobFile(const v1::Job& job, absl::st
 absl::Status DeleteJobOutput(const v1::Job& job) {
   const v1::JobOutput& output = job.output();
   ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store, OpenStore(output.uri()));
-  const absl::StatusOr<std::string> there = FingerprintOfModel(*store);
-  bool changed = there.ok() && *there != output.fingerprint();
+  const absl::StatusOr<ModelOrigin> there = OriginOfModel(*store);
+  bool changed = there.ok() && there->fingerprint != output.fingerprint();
   if (absl::IsNotFound(there.status())) {
     // Perhaps a deletion was interrupted after the manifest; or a run has begun to replace it.
     const absl::StatusOr<ObjectStat> unfinished = store->Stat(kStateFile);

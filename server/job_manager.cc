@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "server/admission.h"
 #include "server/artifact_manager.h"
@@ -701,7 +702,20 @@ void JobManager::GiveUpExpired() {
   }
 }
 
+bool JobManager::MayClaim() {
+  if (options_.may_claim == nullptr) return true;
+  const absl::Status may = options_.may_claim();
+  if (may.ok() == claims_nothing_) {
+    claims_nothing_ = !may.ok();
+    Log(may.ok() ? LogLevel::kInfo : LogLevel::kWarning,
+        may.ok() ? "jobs are taken again" : "no jobs are taken",
+        {{"reason", std::string(may.message())}});
+  }
+  return may.ok();
+}
+
 absl::Duration JobManager::StartWorkers() {
+  if (!MayClaim()) return options_.look;
   while (true) {
     {
       absl::MutexLock lock(&mutex_);
@@ -763,6 +777,7 @@ void JobManager::StartWorker(const v1::Job& job, absl::Duration claimed) {
   }
   if (status.ok()) {
     failed_starts_ = 0;
+    (void)Reach(Failpoint::kWorkerLaunched);
     return;
   }
   no_start_before_ =

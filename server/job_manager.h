@@ -57,6 +57,8 @@ struct JobManagerOptions {
   int64_t queue_limit = 10'000;
   int max_watches = 128;
   AccessPolicy access;  // of jobs
+  // Asked before each claim; while it is not OK, no job is taken. May be called from any thread.
+  std::function<absl::Status()> may_claim;
 };
 
 class JobManager {
@@ -80,6 +82,8 @@ class JobManager {
   absl::StatusOr<v1::Job> Retry(const v1::RetryJobRequest& request);
   // Waits for a job that `force` stops; Cancelled when `cancelled` returns true meanwhile.
   absl::Status Delete(const v1::DeleteJobRequest& request, const std::function<bool()>& cancelled);
+  // Whether the store takes changes now.
+  absl::Status Check() { return store_->Check(); }
   // Calls `sink` with each event until the job is final (OK), `sink` returns false or `cancelled`
   // returns true (Cancelled). Blocks.
   absl::Status Watch(const v1::WatchJobRequest& request,
@@ -131,6 +135,7 @@ class JobManager {
   absl::Duration LookAround();
   void GiveUpExpired();
   void FailOverdue();
+  bool MayClaim();
   absl::Duration StartWorkers();
   // `claimed`: on BootClock, not later than the claim.
   void StartWorker(const v1::Job& job, absl::Duration claimed);
@@ -182,6 +187,7 @@ class JobManager {
   absl::Duration next_look_;        // for what other servers let expire
   absl::Duration no_start_before_;  // after no worker could be started
   int failed_starts_ = 0;           // one after the other
+  bool claims_nothing_ = false;     // as may_claim was not OK
 
   std::unique_ptr<Executor> executor_;  // set once, by Start, before the threads
   std::thread scheduler_;

@@ -3,8 +3,12 @@
 #include <iostream>
 #include <string>
 
+#include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "base/units.h"
+#include "server/health.h"
 #include "server/log.h"
 #include "server/serve.h"
 #include "server/work.h"
@@ -55,6 +59,17 @@ int main(int argc, char** argv) {
   std::string artifact_quota;
   serve_command->add_option("--artifact-quota", artifact_quota,
                             "Most that clients upload in all, as 500GB; default: no limit");
+  std::string min_free_disk = "1GiB", retention = "24h";
+  serve_command
+      ->add_option("--min-free-disk", min_free_disk,
+                   "While less is free on the disks of --data and --artifacts, uploads are refused "
+                   "and no jobs are taken")
+      ->capture_default_str();
+  serve_command
+      ->add_option("--retention", retention,
+                   "After which time what nobody goes on with is removed: uploads, files without "
+                   "an artifact, what killed workers have left")
+      ->capture_default_str();
   serve_command->add_option("--executor", executor, "Where jobs run: local, as child processes")
       ->check(CLI::IsMember({"local"}))
       ->capture_default_str();
@@ -89,11 +104,32 @@ int main(int argc, char** argv) {
   work_command->add_option("--server", work.server, "HOST:PORT")->required();
   work_command->add_option("--parent", work.parent_pid, "Process to die with");
 
+  std::string health_server = serve.listen, health_service;
+  CLI::App* const health_command =
+      app.add_subcommand("health", "Ask a server whether it serves; exit code 0: it does.");
+  health_command->add_option("--server", health_server, "HOST:PORT")->capture_default_str();
+  health_command->add_option("--service", health_service, "jobs: whether it takes jobs");
+
+  CLI::App* const failpoints_command =
+      app.add_subcommand("failpoints", "List where tests may kill a process.")->group("");
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
+  if (failpoints_command->parsed()) {
+    for (const pewter::FailpointInfo& point : pewter::Failpoints()) {
+      std::cout << point.name << "\t" << point.where << "\n";
+    }
+    return 0;
+  }
+  if (health_command->parsed()) {
+    const absl::Status status = pewter::server::CheckHealth(health_server, health_service);
+    if (status.ok()) std::cout << "serving\n";
+    return status.ok() ? 0 : Fail(status);
+  }
+  if (const absl::Status status = pewter::CheckFailpoints(); !status.ok()) return Fail(status);
   if (work_command->parsed()) return pewter::server::Work(work);
   if (const absl::Status status = pewter::server::SetLogLevel(log_level); !status.ok()) {
     return Fail(status);
@@ -102,6 +138,14 @@ int main(int argc, char** argv) {
     const absl::StatusOr<int64_t> bytes = pewter::ParseBytes(artifact_quota);
     if (!bytes.ok()) return Fail(pewter::Annotate(bytes.status(), "--artifact-quota"));
     serve.artifact_quota = *bytes;
+  }
+  const absl::StatusOr<int64_t> min_free = pewter::ParseBytes(min_free_disk);
+  if (!min_free.ok()) return Fail(pewter::Annotate(min_free.status(), "--min-free-disk"));
+  serve.min_free_disk = *min_free;
+  if (!absl::ParseDuration(retention, &serve.retention) ||
+      serve.retention <= absl::ZeroDuration()) {
+    return Fail(absl::InvalidArgumentError(
+        absl::StrCat("--retention ", retention, " is no time; write 24h or 30m")));
   }
   const absl::Status status = pewter::server::Serve(serve);
   return status.ok() ? 0 : Fail(status);

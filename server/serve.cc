@@ -16,16 +16,26 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <memory>
+#include <optional>
+#include <thread>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "base/failpoint.h"
+#include "base/reason.h"
 #include "base/status.h"
+#include "base/units.h"
 #include "server/artifact_service.h"
+#include "server/collector.h"
 #include "server/executor/local_executor.h"
+#include "server/health.h"
 #include "server/job_manager.h"
 #include "server/listen_address.h"
 #include "server/log.h"
@@ -35,6 +45,7 @@
 #include "server/stop_signals.h"
 #include "server/worker_service.h"
 #include "store/artifact_store.h"
+#include "store/housekeeping.h"
 
 namespace pewter::server {
 namespace {
@@ -46,6 +57,7 @@ constexpr int kMaxPlans = 2;
 // Workers stop between tiles; this is for one that does not.
 constexpr absl::Duration kDrainGrace = absl::Seconds(30);
 constexpr std::chrono::seconds kShutdownGrace{2};
+constexpr absl::Duration kHealthInterval = absl::Seconds(1);
 constexpr int kMinPingIntervalMs = 10'000;
 
 absl::StatusOr<ListenAddress> CheckListen(const ServeOptions& options) {
@@ -125,6 +137,58 @@ std::string ArtifactRoot(const ServeOptions& options) {
   return absl::StrContains(root, "://") ? root : std::filesystem::absolute(root).string();
 }
 
+absl::Status CheckFree(const std::string& place, int64_t wanted) {
+  ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store, OpenStore(place));
+  const std::optional<int64_t> free = FreeBytes(*store);
+  if (!free || *free >= wanted) return absl::OkStatus();
+  return WithReason(absl::ResourceExhaustedError(
+                        absl::StrCat(place, ": ", FormatBytes(*free), " are free, less than the ",
+                                     FormatBytes(wanted), " of --min-free-disk")),
+                    kDiskFull);
+}
+
+// Tells what the health service answers, once a second: for the server as a whole whether the job
+// database takes changes, for kHealthOfJobs also whether there is room for jobs.
+class HealthMonitor {
+ public:
+  HealthMonitor(grpc::HealthCheckServiceInterface* service, JobManager* jobs,
+                std::function<absl::Status()> may_claim)
+      : thread_([=, this] {
+          absl::MutexLock lock(&mutex_);
+          while (!stopping_) {
+            mutex_.Unlock();
+            const absl::Status database = jobs->Check();
+            const bool takes_jobs = database.ok() && may_claim().ok();
+            mutex_.Lock();
+            if (stopping_) return;
+            if (database.ok() != serving_) {
+              serving_ = database.ok();
+              Log(serving_ ? LogLevel::kInfo : LogLevel::kError,
+                  serving_ ? "serving" : "not serving: the job database takes no changes",
+                  {{"error", std::string(database.message())}});
+            }
+            service->SetServingStatus("", serving_);
+            service->SetServingStatus(kHealthOfJobs, takes_jobs);
+            stop_.WaitWithTimeout(&mutex_, kHealthInterval);
+          }
+        }) {}
+  ~HealthMonitor() {
+    {
+      absl::MutexLock lock(&mutex_);
+      stopping_ = true;
+      stop_.SignalAll();
+    }
+    thread_.join();
+  }
+
+ private:
+  absl::Mutex mutex_;
+  absl::CondVar stop_;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  bool serving_ ABSL_GUARDED_BY(mutex_) = true;
+  std::thread thread_;
+};
+
 // The signal that ends the server. It is handled rather than blocked and waited for: a thread that
 // blocks none would take it and die.
 std::atomic<int> g_stop_signal{0};
@@ -142,6 +206,10 @@ void OnStopSignal(int signal) {
 absl::Status Serve(const ServeOptions& options) {
   sem_init(&g_stop, 0, 0);
   HandleStopSignals(&OnStopSignal);
+  if (FailpointsArmed()) {
+    Log(LogLevel::kWarning,
+        "failpoints are armed: processes may be killed, stopped or made to fail");
+  }
 
   ASSIGN_OR_RETURN(ListenAddress address, CheckListen(options));
   ASSIGN_OR_RETURN(const AccessPolicy access,
@@ -158,7 +226,13 @@ absl::Status Serve(const ServeOptions& options) {
   ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactManager> artifacts,
                    ArtifactManager::Open({.root = artifact_root,
                                           .partial = absl::StrCat(options.data, "/partial"),
-                                          .quota_bytes = options.artifact_quota}));
+                                          .quota_bytes = options.artifact_quota,
+                                          .min_free_bytes = options.min_free_disk,
+                                          .retention = options.retention}));
+  const auto may_claim = [&] {
+    absl::Status roomy = CheckFree(options.data, options.min_free_disk);
+    return roomy.ok() ? CheckFree(artifact_root, options.min_free_disk) : roomy;
+  };
   const absl::Duration lease = absl::Seconds(options.lease_seconds);
   JobManager jobs(std::move(store), {.server = server_id,
                                      .workers = options.workers,
@@ -166,7 +240,8 @@ absl::Status Serve(const ServeOptions& options) {
                                      .look = std::min(absl::Seconds(5), lease / 3),
                                      .start_limit = 4 * lease,
                                      .max_watches = options.max_watches,
-                                     .access = access});
+                                     .access = access,
+                                     .may_claim = may_claim});
   Planner planner(kMaxPlans, access);
   MergeServiceImpl merge_service(&jobs, &planner);
   WorkerServiceImpl worker_service(&jobs);
@@ -196,6 +271,8 @@ absl::Status Serve(const ServeOptions& options) {
   if (!options.worker_program.empty()) executor_options.binary = options.worker_program;
   ASSIGN_OR_RETURN(std::unique_ptr<Executor> executor, MakeLocalExecutor(executor_options));
   RETURN_IF_ERROR(jobs.Start(std::move(executor)));
+  auto health = std::make_unique<HealthMonitor>(server->GetHealthCheckService(), &jobs, may_claim);
+  auto collector = std::make_unique<Collector>(&jobs, options.retention);
   RETURN_IF_ERROR(WriteAddress(options.data, address.ToString()));
   const absl::Cleanup remove_address = [&] {
     unlink(absl::StrCat(options.data, "/address").c_str());
@@ -208,6 +285,8 @@ absl::Status Serve(const ServeOptions& options) {
   }
   HandleStopSignals(SIG_DFL);  // a second one ends it at once
   Log(LogLevel::kInfo, "server stops", {{"signal", strsignal(g_stop_signal)}});
+  health.reset();
+  collector.reset();
   server->GetHealthCheckService()->SetServingStatus(false);
   jobs.Drain(kDrainGrace);
   server->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);

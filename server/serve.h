@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 
 namespace pewter::server {
 
@@ -17,6 +18,12 @@ struct ServeOptions {
   // DATA/artifacts.
   std::string artifacts;
   int64_t artifact_quota = 0;  // bytes of what clients have uploaded; 0: no limit
+  // Below so much free space on the disks of data and artifacts, uploads are refused and no jobs
+  // are taken.
+  int64_t min_free_disk = int64_t{1} << 30;
+  // After which time what nobody goes on with is removed: uploads, blobs without an artifact, and
+  // what killed workers have left.
+  absl::Duration retention = absl::Hours(24);
   int workers = 1;
   int lease_seconds = 15;
   int max_watches = 256;       // at the same time; further ones are refused

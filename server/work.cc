@@ -20,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "merge/engine/existing_output.h"
 #include "merge/engine/observer.h"
@@ -239,6 +240,7 @@ absl::StatusOr<PlacedManifest> RunJob(const v1::Job& job, Lease& lease) {
       .output = job.destination_uri(),
       .mode = job.options().overwrite() ? OutputMode::kOverwrite : OutputMode::kNew,
       .allow_nonfinite = job.options().allow_nonfinite(),
+      .job = job.id(),
       .observer = &lease,
       .stop = lease.stop(),
       .may_write = [&lease](WriteKind kind) { return lease.MayWrite(kind); }};
@@ -289,10 +291,12 @@ absl::Status Run(const WorkOptions& options) {
     if (!status.ok()) return Annotate(FromGrpc(status), "cannot claim the job");
   }
 
+  RETURN_IF_ERROR(Reach(Failpoint::kAfterClaim));
   Lease lease(&server, claim);
   const absl::StatusOr<PlacedManifest> placed = RunJob(claim.job(), lease);
   lease.Stop();
   if (lease.lost()) return absl::AbortedError("the lease is lost");
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforeFinish));
   v1::FinishJobRequest request;
   lease.FillFinish(request);
   if (placed.ok()) {
@@ -303,7 +307,8 @@ absl::Status Run(const WorkOptions& options) {
   } else {
     *request.mutable_error() = ToJobError(placed.status());
   }
-  return Annotate(Finish(server, lease, request), "cannot finish the job");
+  RETURN_IF_ERROR(Annotate(Finish(server, lease, request), "cannot finish the job"));
+  return Reach(Failpoint::kAfterFinish);
 }
 
 }  // namespace

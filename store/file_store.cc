@@ -19,6 +19,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "base/failpoint.h"
 #include "base/reason.h"
 #include "base/status.h"
 #include "base/units.h"
@@ -143,6 +144,12 @@ int MoveToNew(const char* from, const char* to) {
   return 0;
 }
 
+// Whether nobody held the lock of the temporary, and it is gone.
+bool RemoveIfStale(const std::string& path) {
+  const Descriptor stale(OpenRetry(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK));
+  return stale.valid() && flock(stale.get(), LOCK_EX | LOCK_NB) == 0 && unlink(path.c_str()) == 0;
+}
+
 // Removes temporaries of `name` that no living writer holds the lock of. Best effort: a leftover
 // costs space, not correctness.
 void RemoveStaleTemporaries(const std::string& folder, absl::string_view name) {
@@ -152,9 +159,7 @@ void RemoveStaleTemporaries(const std::string& folder, absl::string_view name) {
   while (const dirent* entry = readdir(entries)) {
     const absl::string_view found = entry->d_name;
     if (!absl::StartsWith(found, prefix) || !IsTemporary(found)) continue;
-    const std::string path = absl::StrCat(folder, "/", found);
-    const Descriptor stale(OpenRetry(path.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK));
-    if (stale.valid() && flock(stale.get(), LOCK_EX | LOCK_NB) == 0) unlink(path.c_str());
+    RemoveIfStale(absl::StrCat(folder, "/", found));
   }
   closedir(entries);
 }
@@ -255,7 +260,7 @@ class FileStore::Writer final : public ObjectWriter {
     RETURN_IF_ERROR(failure_);
     appended_ += static_cast<int64_t>(bytes.size());
     const int error = file_.Append(bytes);
-    if (error != 0) failure_ = WriteError(error);
+    failure_ = error != 0 ? WriteError(error) : Reach(Failpoint::kPartSent);
     return failure_;
   }
 
@@ -263,6 +268,7 @@ class FileStore::Writer final : public ObjectWriter {
     RETURN_IF_ERROR(failure_);
     failure_ = absl::FailedPreconditionError(absl::StrCat(path_, " was committed already"));
     if (const int error = file_.Sync(); error != 0) return failure_ = WriteError(error);
+    if (absl::Status stop = Reach(Failpoint::kObjectSynced); !stop.ok()) return failure_ = stop;
     const int moved = only_new_ ? MoveToNew(temporary_.c_str(), path_.c_str())
                                 : rename(temporary_.c_str(), path_.c_str());
     if (moved != 0) {
@@ -409,6 +415,35 @@ absl::Status FileStore::Remove(absl::string_view key) {
     folder = FolderOf(folder);
   }
   return SyncFolder(folder);
+}
+
+std::optional<int64_t> FileStore::FreeBytes() const {
+  std::string folder = root_;
+  struct statvfs fs;
+  while (statvfs(folder.c_str(), &fs) != 0) {
+    if (errno != ENOENT || folder == "." || folder == "/") return std::nullopt;
+    folder = FolderOf(folder);
+  }
+  return static_cast<int64_t>(fs.f_bavail) * static_cast<int64_t>(fs.f_frsize);
+}
+
+absl::StatusOr<int64_t> FileStore::RemoveTemporaries(absl::Time before) {
+  int64_t removed = 0;
+  std::error_code error;
+  std::filesystem::recursive_directory_iterator walk(root_, error), end;
+  for (; !error && walk != end; walk.increment(error)) {
+    if (!IsTemporary(walk->path().filename().string())) continue;
+    const std::string path = walk->path().string();
+    struct stat st;
+    if (lstat(path.c_str(), &st) == 0 && S_ISREG(st.st_mode) &&
+        absl::TimeFromTimespec(st.st_mtim) < before && RemoveIfStale(path)) {
+      ++removed;
+    }
+  }
+  if (error && error.value() != ENOENT && error.value() != ENOTDIR) {
+    return ErrnoStatus(error.value(), "list", root_);
+  }
+  return removed;
 }
 
 absl::StatusOr<std::unique_ptr<ObjectWriter>> FileStore::Create(absl::string_view key) {

@@ -6,13 +6,15 @@
 //
 // A writer fills ".NAME.PID-N.pewter-tmp" beside the object and renames it at Commit, after fsync.
 // The writer holds a lock on that file; what a killed process leaves behind is recognised by the
-// missing lock and removed by the next writer of the same key. Full disk or quota:
-// ResourceExhausted; EACCES, EPERM, EROFS: PermissionDenied.
+// missing lock and removed by the next writer of the same key, or RemoveTemporaries. Full disk or
+// quota: ResourceExhausted; EACCES, EPERM, EROFS: PermissionDenied.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "absl/time/time.h"
 #include "store/object_store.h"
 
 namespace pewter {
@@ -31,6 +33,12 @@ class FileStore final : public ObjectStore {
   absl::StatusOr<std::unique_ptr<ObjectWriter>> Create(absl::string_view key) override;
   absl::StatusOr<std::unique_ptr<ObjectWriter>> CreateNew(absl::string_view key) override;
   std::string Describe(absl::string_view key) const override;
+
+  // Of the disk that the root is on, or will be.
+  std::optional<int64_t> FreeBytes() const;
+  // Those below the root that nobody has written to since `before` and no living writer holds.
+  // Their number.
+  absl::StatusOr<int64_t> RemoveTemporaries(absl::Time before);
 
  private:
   class DescriptorCache;

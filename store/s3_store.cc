@@ -16,6 +16,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "base/digest.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "store/object_key.h"
@@ -248,6 +249,7 @@ class S3Store::Writer final : public ObjectWriter {
     if (status.ok() && etag.empty()) {
       status = absl::DataLossError(absl::StrCat(Name(), ": the store gave a part no ETag"));
     }
+    if (status.ok()) status = Reach(Failpoint::kPartSent);
     std::lock_guard lock(mutex_);
     if (part_failure_.ok()) part_failure_ = status;
     parts_[number - 1].etag = std::move(etag);

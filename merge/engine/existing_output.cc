@@ -47,7 +47,16 @@ absl::StatusOr<int64_t> NewestVersion(const std::string& output) {
 absl::StatusOr<std::optional<PlacedManifest>> Find(const Plan& plan, const ExistingOutput& existing,
                                                    RunOptions& options) {
   ASSIGN_OR_RETURN(const std::shared_ptr<ObjectStore> store, OpenStore(options.output));
-  if (existing.own_unfinished) {
+  bool own = false;
+  if (existing.own_finished) {
+    const absl::StatusOr<ModelOrigin> there = OriginOfModel(*store);
+    if (absl::IsUnavailable(there.status())) return there.status();
+    own = there.ok() && there->fingerprint == plan.fingerprint && there->job == options.job;
+  }
+  // What the attempt had not removed of its stages, a run does.
+  if (own && plan.stages.empty()) {
+    RETURN_IF_ERROR(store->Remove(kStateFile));
+  } else if (existing.own_unfinished) {
     const absl::StatusOr<RunState> state = RunState::Read(*store);
     if (state.ok() && state->fingerprint == plan.fingerprint) {
       options.mode = OutputMode::kResume;
@@ -55,7 +64,7 @@ absl::StatusOr<std::optional<PlacedManifest>> Find(const Plan& plan, const Exist
     }
     if (absl::IsUnavailable(state.status())) return state.status();
   }
-  if (!existing.own_finished && existing.on_existing != OnExisting::kReuseIfIdentical) {
+  if (!own && existing.on_existing != OnExisting::kReuseIfIdentical) {
     return std::nullopt;
   }
   ASSIGN_OR_RETURN(std::optional<std::string> json,

@@ -19,7 +19,7 @@ enum class OnExisting {
 struct ExistingOutput {
   OnExisting on_existing = OnExisting::kFail;
   // What an earlier attempt of this very run may have left, in the newest version: an unfinished
-  // run of the plan is resumed, a finished model of the plan is the result.
+  // run of the plan is resumed, a finished model of the plan and RunOptions::job is the result.
   bool own_unfinished = false;
   bool own_finished = false;
 };

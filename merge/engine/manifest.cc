@@ -167,10 +167,15 @@ absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
   return *std::move(text);
 }
 
-absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store) {
+absl::StatusOr<ModelOrigin> OriginOfModel(ObjectStore& store) {
   ASSIGN_OR_RETURN(const std::string text, ReadText(store, kManifestFile, kMaxOwnFile));
   try {
-    return ordered_json::parse(text).at("fingerprint").get<std::string>();
+    const ordered_json manifest = ordered_json::parse(text);
+    ModelOrigin origin{.fingerprint = manifest.at("fingerprint"), .job = ""};
+    if (const auto run = manifest.find("run"); run != manifest.end()) {
+      origin.job = run->value("job", "");
+    }
+    return origin;
   } catch (const nlohmann::json::exception& error) {
     return absl::DataLossError(
         absl::StrCat(store.Describe(kManifestFile), " is damaged (", error.what(), ")"));
@@ -268,6 +273,7 @@ std::string ManifestJson(const ManifestInput& input) {
         {"memory_bytes", plan.options.memory_bytes},
         {"shards_reused", input.shards_reused}}},
   };
+  if (!input.job.empty()) manifest["run"]["job"] = input.job;
   for (const PlanAlignment& alignment : plan.alignments) {
     ordered_json json = {{"model", plan.models[alignment.model].ref},
                          {"reference", plan.models[alignment.reference].ref},

@@ -59,9 +59,13 @@ enum class FileCheck {
 absl::StatusOr<std::optional<std::string>> FindFinished(ObjectStore& store,
                                                         absl::string_view fingerprint,
                                                         FileCheck check);
-// The plan's fingerprint in the manifest of `store`; NotFound when there is none, DataLoss when it
-// is damaged.
-absl::StatusOr<std::string> FingerprintOfModel(ObjectStore& store);
+// Whose work a model is.
+struct ModelOrigin {
+  std::string fingerprint;  // of the plan
+  std::string job;          // RunOptions::job
+};
+// As the manifest of `store` says; NotFound when there is none, DataLoss when it is damaged.
+absl::StatusOr<ModelOrigin> OriginOfModel(ObjectStore& store);
 // The files that a manifest lists. DataLoss when the text is no manifest.
 absl::StatusOr<std::vector<OutputFile>> OutputFilesOf(absl::string_view manifest_json);
 // The names of the files that a manifest lists, its own the last.
@@ -79,6 +83,7 @@ struct ManifestInput {
   int threads = 0;
   double seconds = 0;
   int64_t shards_reused = 0;
+  std::string job = {};
   std::vector<std::string> stage_manifests = {};  // JSON, in the order of plan.stages
 };
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -13,6 +14,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/failpoint.h"
+#include "base/reason.h"
 #include "base/status.h"
 #include "base/units.h"
 #include "merge/engine/alignments.h"
@@ -25,6 +28,7 @@
 #include "merge/engine/tile_scheduler.h"
 #include "merge/evaluate/evaluation.h"
 #include "merge/plan/sizing.h"
+#include "store/housekeeping.h"
 #include "store/read_ahead.h"
 
 namespace pewter {
@@ -33,6 +37,7 @@ namespace {
 // Tensors of one shard that are merged at a time: enough that lanes have work while a small
 // tensor's pass ends.
 constexpr int kTensorsInFlight = 4;
+constexpr int64_t kMostManifestBytes = int64_t{256} << 20;
 
 absl::Status Stopped() { return absl::CancelledError("the merge was stopped"); }
 
@@ -147,6 +152,12 @@ class ReadAnnouncer {
   std::map<size_t, ReadIntents> intents_;  // by place; guarded by mutex_
 };
 
+bool IsWeights(absl::string_view key) {
+  return key.find('/') == absl::string_view::npos &&
+         (absl::StartsWith(key, "model") || absl::StartsWith(key, "adapter_model")) &&
+         absl::EndsWith(key, ".safetensors");
+}
+
 class Run {
  public:
   Run(const Plan& plan, const RunOptions& options)
@@ -160,6 +171,7 @@ class Run {
   }
   absl::Status PrepareOutput();
   absl::Status ReuseShard(int index, const ShardRecord& record);
+  absl::Status CheckSpace(const std::vector<ObjectEntry>& entries) const;
   absl::Status Unpublish(const std::vector<ObjectEntry>& entries);
   absl::Status Align();
   absl::Status MergeShards();
@@ -173,7 +185,8 @@ class Run {
   absl::Status WriteAux(const std::string& name, absl::string_view text);
   std::string StateJson() const;
   absl::Status SaveState();
-  absl::Status PublishManifest(const std::string& json);
+  // The manifest that is there then.
+  absl::StatusOr<std::string> PublishManifest(const std::string& json);
 
   const Plan& plan_;
   const RunOptions& options_;
@@ -204,6 +217,7 @@ absl::Status Run::PrepareOutput() {
                   [](const ObjectEntry& entry) { return entry.key == kManifestFile; });
   state_.fingerprint = plan_.fingerprint;
   if (options_.mode == OutputMode::kOverwrite) {
+    RETURN_IF_ERROR(CheckSpace(entries));
     RETURN_IF_ERROR(Unpublish(entries));
   } else if (options_.mode == OutputMode::kResume && has_state) {
     ASSIGN_OR_RETURN(const RunState found, RunState::Read(*output_));
@@ -229,6 +243,7 @@ absl::Status Run::PrepareOutput() {
         options_.output, has_manifest ? " already holds a finished model" : " is not empty",
         "; choose another output or use --overwrite"));
   }
+  if (options_.mode != OutputMode::kOverwrite) RETURN_IF_ERROR(CheckSpace(entries));
   // Also shows, before any work, that the output can be written, and that a manifest can be created
   // in the end; of runs that begin together one gets the folder.
   if (options_.mode == OutputMode::kResume && has_state) return SaveState();
@@ -252,26 +267,48 @@ absl::Status Run::ReuseShard(int index, const ShardRecord& record) {
   return absl::OkStatus();
 }
 
+// What the run is to write there must fit, as far as anybody can say before it begins.
+absl::Status Run::CheckSpace(const std::vector<ObjectEntry>& entries) const {
+  const std::optional<int64_t> free = FreeBytes(*output_);
+  if (!free) return absl::OkStatus();
+  int64_t needed = 0, reclaimed = 0;
+  for (size_t i = 0; i < plan_.shards.size(); ++i) {
+    if (!state_.shards.contains(static_cast<int>(i))) needed += plan_.shards[i].bytes;
+  }
+  if (options_.mode == OutputMode::kOverwrite) {
+    for (const ObjectEntry& entry : entries) {
+      if (IsWeights(entry.key)) reclaimed += entry.stat.size;
+    }
+  }
+  if (needed <= *free + reclaimed) return absl::OkStatus();
+  return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                        options_.output, ": the disk is too full: the output takes ", needed,
+                        " bytes (", FormatBytes(needed), "), ", *free + reclaimed, " (",
+                        FormatBytes(*free + reclaimed), ") are free")),
+                    kDiskFull);
+}
+
 absl::Status Run::Unpublish(const std::vector<ObjectEntry>& entries) {
-  RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
+  // Asked before each: a run that is late must not take away what its successor has written.
+  const auto remove = [&](absl::string_view key) -> absl::Status {
+    RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
+    RETURN_IF_ERROR(output_->Remove(key));
+    return Reach(Failpoint::kUnpublished);
+  };
   // First what makes it a model, then its weights; other files of the user stay.
   for (const char* name : {kManifestFile, "model.safetensors.index.json", "config.json",
                            "adapter_config.json", kStateFile}) {
-    RETURN_IF_ERROR(output_->Remove(name));
+    RETURN_IF_ERROR(remove(name));
   }
   for (const ObjectEntry& entry : entries) {
     const absl::string_view key = entry.key;
-    const bool weights =
-        key.find('/') == absl::string_view::npos &&
-        (absl::StartsWith(key, "model") || absl::StartsWith(key, "adapter_model")) &&
-        absl::EndsWith(key, ".safetensors");
     const bool evaluation = absl::StartsWith(key, "evaluation") &&
                             (absl::EndsWith(key, ".json") || absl::EndsWith(key, ".html") ||
                              absl::EndsWith(key, ".svg"));
     // What was found out of other models or data would be taken for what this run looks for.
     const bool found = absl::StrContains(key, ".safetensors") &&
                        (absl::StartsWith(key, "statistics") || absl::StartsWith(key, "alignment"));
-    if (weights || evaluation || found) RETURN_IF_ERROR(output_->Remove(key));
+    if (IsWeights(key) || evaluation || found) RETURN_IF_ERROR(remove(key));
   }
   return absl::OkStatus();
 }
@@ -285,15 +322,18 @@ absl::Status Run::SaveState() {
   return WriteText(*output_, kStateFile, StateJson());
 }
 
-absl::Status Run::PublishManifest(const std::string& json) {
+absl::StatusOr<std::string> Run::PublishManifest(const std::string& json) {
   RETURN_IF_ERROR(MayWrite(WriteKind::kManifest));
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforeCommit));
   const absl::Status published = WriteNewText(*output_, kManifestFile, json);
+  if (published.ok()) return json;
   if (!absl::IsAlreadyExists(published)) return published;
   // By a run of the same plan, whose bytes are the same: this one, before it was killed and
   // resumed, or a second one.
-  auto theirs = FingerprintOfModel(*output_);
-  RETURN_IF_ERROR(theirs.status());
-  if (*theirs == plan_.fingerprint) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const ModelOrigin theirs, OriginOfModel(*output_));
+  if (theirs.fingerprint == plan_.fingerprint && theirs.job == options_.job) {
+    return ReadText(*output_, kManifestFile, kMostManifestBytes);
+  }
   return absl::AlreadyExistsError(absl::StrCat("another run has published another model at ",
                                                options_.output, " in the meantime"));
 }
@@ -329,7 +369,8 @@ absl::Status Run::MergeShard(int index) {
       meter_.Current(tensor.name);
       announcer.Reach(i);
       TensorRun run(tensor, shard.tensors[i], environment);
-      const absl::Status merged = run.Run();
+      absl::Status merged = run.Run();
+      if (merged.ok()) merged = Reach(Failpoint::kTensorDone);
       announcer.Leave(i);
       std::lock_guard lock(mutex);
       if (!merged.ok()) {
@@ -351,9 +392,11 @@ absl::Status Run::MergeShard(int index) {
     for (size_t i = 0; i < count; ++i) coordinators.emplace_back(coordinate);
   }
   RETURN_IF_ERROR(status);
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforeShard));
   RETURN_IF_ERROR(MayWrite(WriteKind::kPart));
   ShardRecord record{.file = {.name = shard.file, .bytes = shard.bytes}};
   ASSIGN_OR_RETURN(record.file.sha256, writer.Finish());
+  RETURN_IF_ERROR(Reach(Failpoint::kShardDone));
   for (auto& [place, part] : parts) {
     record.ranges.insert(record.ranges.end(), part.ranges.begin(), part.ranges.end());
     for (std::string& warning : part.warnings) {
@@ -365,7 +408,8 @@ absl::Status Run::MergeShard(int index) {
   record.ranges = JoinRanges(std::move(record.ranges));
   std::lock_guard lock(mutex_);
   state_.shards[index] = std::move(record);
-  return SaveState();
+  RETURN_IF_ERROR(SaveState());
+  return Reach(Failpoint::kShardRecorded);
 }
 
 TensorRun::Environment Run::EnvironmentOf(ShardWriter* writer) {
@@ -496,7 +540,7 @@ absl::Status Run::WriteAux(const std::string& name, absl::string_view text) {
   OutputFile file{.name = name, .bytes = static_cast<int64_t>(text.size())};
   if (options_.hash_output) file.sha256 = Sha256::Of(text);
   aux_files_.push_back(std::move(file));
-  return absl::OkStatus();
+  return Reach(Failpoint::kAuxWritten);
 }
 
 absl::Status Run::Publish() {
@@ -540,6 +584,7 @@ absl::Status Run::EvaluateOutput() {
 absl::StatusOr<Manifest> Run::Execute() {
   RETURN_IF_ERROR(CheckStagesFolder(plan_, options_));
   RETURN_IF_ERROR(PrepareOutput());
+  RETURN_IF_ERROR(Reach(Failpoint::kAfterBegin));
   const absl::Cleanup unbind = [this] {
     UnbindStages(plan_);
     ForgetAlignments(plan_);
@@ -551,6 +596,7 @@ absl::StatusOr<Manifest> Run::Execute() {
   meter_.Enter(Phase::kPublishing);
   // The observer may have stopped the run just now: a worker that lost its lease must not publish.
   if (options_.stop.stop_requested()) return Stopped();
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforePublish));
   RETURN_IF_ERROR(Publish());
   RETURN_IF_ERROR(EvaluateOutput());
   Manifest manifest{.fingerprint = plan_.fingerprint,
@@ -569,8 +615,10 @@ absl::StatusOr<Manifest> Run::Execute() {
                                 .threads = plan_.options.threads,
                                 .seconds = manifest.seconds,
                                 .shards_reused = shards_reused_,
+                                .job = options_.job,
                                 .stage_manifests = stages});
-  RETURN_IF_ERROR(PublishManifest(manifest.json));
+  ASSIGN_OR_RETURN(manifest.json, PublishManifest(manifest.json));
+  RETURN_IF_ERROR(Reach(Failpoint::kAfterCommit));
   RETURN_IF_ERROR(output_->Remove(kStateFile));
   RETURN_IF_ERROR(RemoveStages(plan_, stages, options_));
   meter_.Enter(Phase::kDone);

@@ -35,6 +35,9 @@ struct RunOptions {
   // Where the models of the plan's stages go, each in a folder of its name; empty: OUTPUT.stages.
   std::string stages;
   bool keep_stages = false;  // else removed when the output is there
+  // Whose the model will be, for its manifest: of those that publish at one place, only runs of the
+  // same plan and job agree.
+  std::string job;
   Observer* observer = nullptr;
   std::stop_token stop;  // Cancelled; finished shards stay for a resume
   // Asked, from any thread, right before each file becomes visible at the output; an error ends the

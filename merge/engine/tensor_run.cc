@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "kernels/linear_algebra.h"
 #include "merge/engine/tensor_scan.h"
@@ -202,6 +203,7 @@ absl::Status TensorRun::ReadAudited(const TensorSource& from, int operand, int64
                             {static_cast<std::byte*>(host), static_cast<size_t>(bytes)},
                             audited(operand) ? nullptr : &audit));
   environment_.on_read(bytes);
+  RETURN_IF_ERROR(Reach(Failpoint::kShardRead));
   if (audited(operand)) return absl::OkStatus();
   RETURN_IF_ERROR(CheckFinite({host, from.dtype(), count}, from, first, operand));
   std::vector<ReadRange> ranges = audit.Take();

@@ -13,6 +13,8 @@
 namespace pewter::server {
 namespace {
 
+// In the metadata of the error that a queued job has from its last attempt.
+constexpr char kPerhapsPublished[] = "perhaps_published";
 constexpr int kMostDoublings = 20;
 // By JobNotice::Kind; the last is never sent.
 constexpr absl::string_view kNoticeKinds = "eqpcd";
@@ -153,7 +155,10 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
                      absl::StrCat("the lease on job ", job.id(), " was renewed"),
                      {{"job_id", job.id()}});
   }
-  if (job.cancel_requested()) {
+  // Of an attempt that was lost while it published nobody knows whether the model is there: the
+  // next one finds out, and a cancelled job never has a model.
+  const bool perhaps_published = job.state() == v1::JOB_STATE_PUBLISHING;
+  if (job.cancel_requested() && !perhaps_published) {
     *job.mutable_error() = CancelledError();
     SetState(row, v1::JOB_STATE_CANCELLED);
     return absl::OkStatus();
@@ -163,6 +168,7 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
     SetState(row, v1::JOB_STATE_FAILED);
     return absl::OkStatus();
   }
+  job.clear_cancel_requested();
   if (!lost.counts) {
     job.set_attempt(job.attempt() - 1);
     job.clear_error();
@@ -172,6 +178,7 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
   }
   const int attempts = job.attempt();
   *job.mutable_error() = lost.why;
+  if (perhaps_published) (*job.mutable_error()->mutable_metadata())[kPerhapsPublished] = "true";
   (*job.mutable_error()->mutable_metadata())["attempts"] = absl::StrCat(attempts);
   if (attempts >= lost.max_attempts) {
     job.mutable_error()->set_message(
@@ -201,6 +208,8 @@ absl::Status AddWarnings(JobRow& row, int64_t generation,
 }
 
 absl::Status RequestCancel(JobRow& row) {
+  // Too late, perhaps: see GiveUp.
+  if (row.job.error().metadata().contains(kPerhapsPublished)) return absl::OkStatus();
   if (row.job.state() == v1::JOB_STATE_QUEUED) {
     *row.job.mutable_error() = CancelledError();
     SetState(row, v1::JOB_STATE_CANCELLED);

@@ -113,14 +113,15 @@ class JobStore {
   // table.
   virtual absl::StatusOr<v1::Job> Transition(absl::string_view id, v1::JobState from,
                                              v1::JobState to, const JobChange& change) = 0;
-  // To CANCELLED when that was requested, to FAILED when its deadline has passed, or when it counts
-  // and was the last attempt, else back to QUEUED, to wait first when it counts. Aborted
-  // (LEASE_LOST) also when the lease should have expired and has not.
+  // To CANCELLED when that was requested before it was to publish, to FAILED when its deadline has
+  // passed, or when it counts and was the last attempt, else back to QUEUED, to wait first when it
+  // counts. Aborted (LEASE_LOST) also when the lease should have expired and has not.
   virtual absl::StatusOr<v1::Job> GiveUp(absl::string_view id, const LostAttempt& lost) = 0;
   // One event each; Job.warnings holds the first kMaxWarnings, later ones are dropped.
   virtual absl::StatusOr<v1::Job> AddWarnings(absl::string_view id, int64_t lease_generation,
                                               const std::vector<std::string>& warnings) = 0;
-  // QUEUED -> CANCELLED; sets cancel_requested while the job is held; else nothing.
+  // QUEUED -> CANCELLED; sets cancel_requested while the job is held; else nothing, as when it is
+  // queued since an attempt was lost that may have published.
   virtual absl::StatusOr<v1::Job> RequestCancel(absl::string_view id) = 0;
 
   // Events with a sequence greater than `after`, at most `limit`.
@@ -140,6 +141,9 @@ class JobStore {
   // also looks from time to time. Null ends it, and returns when no call is running. A store that
   // one server has for itself never calls.
   virtual void Listen(std::function<void(const JobNotice&)> listener) = 0;
+
+  // Whether changes can be made now. Unavailable (DATABASE_UNAVAILABLE) otherwise.
+  virtual absl::Status Check() = 0;
 
   static constexpr int kMaxWarnings = 100;
 };

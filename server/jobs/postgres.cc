@@ -13,6 +13,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "server/jobs/job_rules.h"
 
@@ -315,8 +316,10 @@ PostgresTransaction::~PostgresTransaction() {
 }
 
 absl::Status PostgresTransaction::Commit() {
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforeDatabaseCommit));
   open_ = false;
-  return lease_->Execute("COMMIT");
+  RETURN_IF_ERROR(lease_->Execute("COMMIT"));
+  return Reach(Failpoint::kAfterDatabaseCommit);
 }
 
 }  // namespace pewter::server

@@ -260,6 +260,12 @@ class PostgresJobStore final : public RuledJobStore<PostgresJobStore> {
         Parameters().Int(limit));
   }
 
+  absl::Status Check() override {
+    ASSIGN_OR_RETURN(PostgresTransaction transaction, PostgresTransaction::Begin(pool_));
+    // Writes, as a lock of a row is one, and waits for nobody.
+    return transaction.Run("SELECT version FROM pewter_version FOR UPDATE SKIP LOCKED");
+  }
+
   void Listen(std::function<void(const JobNotice&)> listener) override {
     if (listener_.joinable()) {
       const uint64_t one = 1;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/failpoint.h"
 #include "base/status.h"
 #include "server/jobs/job_rules.h"
 
@@ -145,6 +146,7 @@ Transaction::~Transaction() {
 }
 
 absl::Status Transaction::Commit() {
+  RETURN_IF_ERROR(Reach(Failpoint::kBeforeDatabaseCommit));
   Writer& writer = *std::exchange(writer_, nullptr);
   writer.mutex_.AssertHeld();
   absl::Status status = writer.Execute("RELEASE change");
@@ -153,7 +155,7 @@ absl::Status Transaction::Commit() {
   while (!group->done) writer.committed_.Wait(&writer.mutex_);
   if (status.ok()) status = group->status;
   writer.mutex_.Unlock();
-  return status;
+  return status.ok() ? Reach(Failpoint::kAfterDatabaseCommit) : status;
 }
 
 }  // namespace pewter::server

@@ -219,6 +219,8 @@ class SqliteJobStore final : public RuledJobStore<SqliteJobStore> {
     return Jobs(select.Bind(absl::ToUnixMillis(absl::Now())).Bind(limit));
   }
 
+  absl::Status Check() override { return Transaction::Begin(database_).status(); }
+
   void Listen(std::function<void(const JobNotice&)> listener) override {}
 
  private:

@@ -628,6 +628,26 @@ TEST_P(JobStoreContract, ACancelledJobWhoseWorkerIsLostIsNotRepeated) {
   EXPECT_EQ(job->error().reason(), "CANCELLED_BY_CLIENT");
 }
 
+TEST_P(JobStoreContract, AJobThatMayHavePublishedIsRepeatedAndNotCancelled) {
+  Create("a");
+  Claim("a");
+  Move("a", {v1::JOB_STATE_RUNNING, v1::JOB_STATE_PUBLISHING});
+  ASSERT_THAT(store().RequestCancel("a"), IsOk());
+  const auto job = GiveUp("a", Lost(1));
+  ASSERT_THAT(job, IsOk());
+  EXPECT_EQ(job->state(), v1::JOB_STATE_QUEUED);
+  EXPECT_FALSE(job->cancel_requested());
+  EXPECT_EQ(store().RequestCancel("a")->state(), v1::JOB_STATE_QUEUED);
+  EXPECT_FALSE(Claim("a").cancel_requested());
+}
+
+TEST_P(JobStoreContract, ChangesCanBeMade) {
+  EXPECT_THAT(store().Check(), IsOk());
+  // It leaves no lock.
+  Create("a");
+  EXPECT_THAT(store().Check(), IsOk());
+}
+
 TEST_P(JobStoreContract, OnlyFinalJobsAreDeleted) {
   Create("a");
   auto refused = store().Delete("a");

@@ -1,6 +1,7 @@
 #include "store/file_store.h"
 
 #include <fcntl.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -10,9 +11,13 @@
 
 #include <csignal>
 #include <filesystem>
+#include <fstream>
+#include <optional>
 
 #include "absl/strings/match.h"
+#include "absl/time/clock.h"
 #include "base/reason.h"
+#include "store/housekeeping.h"
 #include "tests/support/matchers.h"
 #include "tests/support/temp_folder.h"
 
@@ -121,6 +126,32 @@ TEST(FileStore, LeftoversOfAKilledWriterAreRemovedThoseOfALivingOneAreNot) {
   ASSERT_THAT((*living)->Commit(), IsOk());
   EXPECT_EQ(*ReadText(store, "a", 10), "first");
   EXPECT_EQ(FilesIn(folder.path()), std::vector<std::string>{"a"});
+}
+
+TEST(FileStore, TemporariesAreRemovedByAgeAndNeverThoseOfALivingWriter) {
+  TempFolder folder;
+  FileStore store(folder.path());
+  ASSERT_THAT(WriteText(store, "deep/kept", "x"), IsOk());
+  const std::string stale = folder / "deep/.a.123-4.pewter-tmp";
+  std::ofstream(stale) << "half";
+  std::ofstream(folder / "deep/.hidden") << "of the user";
+  auto living = store.Create("deep/b");
+  ASSERT_THAT(living, IsOk());
+  EXPECT_EQ(*RemoveUnfinished(store, absl::Now() - absl::Hours(1)), 0);
+  EXPECT_TRUE(fs::exists(stale));
+  EXPECT_EQ(*RemoveUnfinished(store, absl::Now() + absl::Hours(1)), 1);
+  EXPECT_FALSE(fs::exists(stale));
+  ASSERT_THAT((*living)->Commit(), IsOk());
+  EXPECT_THAT(FilesIn(folder / "deep"), ::testing::UnorderedElementsAre("kept", ".hidden", "b"));
+  FileStore nowhere(folder / "none/at/all");
+  EXPECT_EQ(*RemoveUnfinished(nowhere, absl::Now()), 0);
+}
+
+TEST(FileStore, TheRoomOfAFolderThatIsNotThereYetIsThatOfItsDisk) {
+  TempFolder folder;
+  const std::optional<int64_t> free = FreeBytes(FileStore(folder / "none/at/all"));
+  ASSERT_TRUE(free.has_value());
+  EXPECT_GT(*free, 0);
 }
 
 TEST(FileStore, WritingOverAFolderIsRefused) {
