@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import pathlib
-import random
 import signal
 import socket
 import subprocess
@@ -24,9 +23,7 @@ from server_test import (  # noqa: F401 (fixtures)
     Server,
     expected,
     large,
-    linear,
     slow,
-    tiny,
     wait_for,
     weights,
 )
@@ -266,61 +263,3 @@ def test_no_password_is_shown(tmp_path):
     assert failed.returncode == 1
     assert "job database" in failed.stderr
     assert canary not in refused.stderr + failed.stderr + failed.stdout
-
-
-@pytest.mark.parametrize("seed", range(int(os.environ.get("PEWTER_CHAOS_SEEDS", "5"))))
-def test_chaos(replicas, postgres, tiny, tmp_path, seed):  # noqa: F811
-    """Jobs run while servers are killed and suspended, workers are killed and the database restarts. In the end every acknowledged job
-    has succeeded, its events tell a whole story, and its output is what an undisturbed merge gives."""
-    chance = random.Random(seed)
-    servers = replicas("--workers", "2", count=3)
-    recipe = linear(tiny / "a", tiny / "b")
-    jobs, stopped = {}, set()
-
-    def create(name):
-        def attempt():
-            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-                server = chance.choice([server for server in servers if server not in stopped])
-                return server.submit(recipe, tmp_path / name, "--request-id", f"{seed}-{name}")
-
-        jobs[name] = wait_for("an acknowledgement", attempt)
-
-    for step in range(10):
-        create(f"out{step}")
-        fault = chance.choice(["kill", "suspend", "worker", "database", "none"])
-        victim = chance.choice(servers)
-        if fault == "kill" and victim not in stopped:
-            victim.kill()
-            victim.start()
-        elif fault == "suspend" and victim not in stopped and len(stopped) < 2:
-            victim.signal(signal.SIGSTOP)
-            stopped.add(victim)
-        elif fault == "worker" and victim not in stopped:
-            for pid in victim.pids()[1:]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, chance.choice([signal.SIGKILL, signal.SIGSTOP]))
-        elif fault == "database":
-            postgres.stop()
-            postgres.start()
-        for suspended in list(stopped):
-            if chance.random() < 0.4:
-                suspended.signal(signal.SIGCONT)
-                stopped.remove(suspended)
-        time.sleep(chance.random() * 0.3)
-    for suspended in stopped:
-        suspended.signal(signal.SIGCONT)
-
-    (tmp_path / "recipe.yml").write_text(recipe)
-    subprocess.run([PEWTER, "merge", tmp_path / "recipe.yml", tmp_path / "local", "--device", "cpu", "-q"], check=True)
-    undisturbed = weights(tmp_path / "local")
-    assert len(set(jobs.values())) == len(jobs)
-    for name, job in jobs.items():
-        servers[0].wait(job, "SUCCEEDED", "FAILED", "CANCELLED")
-        got = check_history(chance.choice(servers), job)
-        assert got["state"] == "JOB_STATE_SUCCEEDED", got["error"]
-        assert weights(tmp_path / name) == undisturbed
-        assert (tmp_path / name / "pewter_manifest.json").read_text() == got["output"]["manifest_json"]
-        assert not (tmp_path / name / ".pewter-state.json").exists()
-    # Nothing that was not asked for.
-    listed = json.loads(servers[0].pewter("jobs", "list").stdout)["jobs"]
-    assert {job["id"] for job in listed} == set(jobs.values())
