@@ -137,7 +137,8 @@ std::string FormatRate(double bytes_per_second) {
     ++unit;
   }
   const bool one_digit = unit > 0 && bytes_per_second < 9.95;
-  return absl::StrFormat(one_digit ? "%.1f %s/s" : "%.0f %s/s", bytes_per_second, kUnits[unit]);
+  return one_digit ? absl::StrFormat("%.1f %s/s", bytes_per_second, kUnits[unit])
+                   : absl::StrFormat("%.0f %s/s", bytes_per_second, kUnits[unit]);
 }
 
 int DisplayWidth(absl::string_view text) {
