@@ -106,9 +106,10 @@ class Replica(Server):
 
     def pids(self):
         pids = [self.process.pid]
-        for task in pathlib.Path(f"/proc/{self.process.pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                pids += map(int, (task / "children").read_text().split())
+        with contextlib.suppress(OSError):  # it may die meanwhile
+            for task in pathlib.Path(f"/proc/{self.process.pid}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    pids += map(int, (task / "children").read_text().split())
         return pids
 
     def signal(self, number):
