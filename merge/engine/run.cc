@@ -618,9 +618,15 @@ absl::StatusOr<Manifest> Run::Execute() {
                                 .job = options_.job,
                                 .stage_manifests = stages});
   ASSIGN_OR_RETURN(manifest.json, PublishManifest(manifest.json));
-  RETURN_IF_ERROR(Reach(Failpoint::kAfterCommit));
-  RETURN_IF_ERROR(output_->Remove(kStateFile));
-  RETURN_IF_ERROR(RemoveStages(plan_, stages, options_));
+  // The model is there: what fails now leaves something behind, and is no failure of the run.
+  absl::Status cleaned = Reach(Failpoint::kAfterCommit);
+  cleaned.Update(output_->Remove(kStateFile));
+  cleaned.Update(RemoveStages(plan_, stages, options_));
+  if (!cleaned.ok()) {
+    manifest.warnings.push_back(
+        absl::StrCat("the model is complete; cleaning up failed: ", cleaned.message()));
+    if (options_.observer != nullptr) options_.observer->OnWarning(manifest.warnings.back());
+  }
   meter_.Enter(Phase::kDone);
   return manifest;
 }

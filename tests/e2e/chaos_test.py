@@ -23,7 +23,7 @@ from crash_test import OPTIONS, many  # noqa: F401 (fixture)
 from cutting_proxy import CuttingProxy
 from failpoints import Failpoints
 from replicas_test import Replica, postgres  # noqa: F401 (fixture)
-from s3_test import s3  # noqa: F401 (fixture)
+from s3_test import seaweedfs  # noqa: F401 (fixture)
 from server_test import PEWTER, linear, wait_for
 
 FIRST, SEEDS = int(os.environ.get("PEWTER_CHAOS_FIRST", "0")), int(os.environ.get("PEWTER_CHAOS_SEEDS", "5"))
@@ -325,7 +325,7 @@ def store_environment(request, seed, monkeypatch):
     """Of every third seed: a proxy to the S3 store that its models go to, and the port at which the store is read."""
     if seed % 3 != 2:
         return None
-    environment = request.getfixturevalue("s3")
+    environment = request.getfixturevalue("seaweedfs")
     port = int(environment["AWS_ENDPOINT_URL_S3"].rsplit(":", 1)[1])
     proxy = CuttingProxy("127.0.0.1", port)
     for name, value in environment.items():

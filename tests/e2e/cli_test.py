@@ -394,10 +394,10 @@ def test_the_disk_is_full(cli):
         message = cli(*arguments, expect=FAILED).err
         assert "small/out" in message and "full" in message
         assert not (small / "out/pewter_manifest.json").exists()
-        # Room is made, and the merge goes on where it was.
+        assert not list(small.glob("out/*.safetensors")), "it is refused before any work"
+        # Room is made.
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
-        result = json.loads(cli(*arguments, "--resume", "-o", "json").out)
-        assert result["shards_reused"] >= 1
+        cli(*arguments, "--resume")
         cli("merge", path, "whole", "--shard-size", "1MB")
         assert cli.hashes("small/out") == cli.hashes("whole")
     finally:

@@ -125,7 +125,7 @@ def test_killed_worker_is_whole_in_the_next(server, failpoints, many, recipe, tm
         assert lost[0]["error"]["metadata"]["signal"] == str(signal.SIGKILL.value)
 
 
-@pytest.mark.parametrize("point", ["part_sent", "object_synced", "shard_done", "aux_written", "before_commit"])
+@pytest.mark.parametrize("point", ["part_sent", "object_synced", "shard_done", "aux_written", "before_commit", "after_commit"])
 def test_an_error_there_fails_the_job_and_what_is_whole_is_used_again(server, failpoints, many, recipe, tmp_path, point):
     """As kill, but in order: a full disk, a refusal."""
     failpoints.arm(f"{point}=error(RESOURCE_EXHAUSTED)@{WORKER[point][0]}")

@@ -25,9 +25,18 @@ KEY, SECRET = "testkey", "canary-of-the-secret-key"
 
 @pytest.fixture(scope="module", params=[s3_servers.seaweedfs, s3_servers.ceph], ids=["seaweedfs", "ceph"])
 def s3(request, tmp_path_factory):
+    yield from serve(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def seaweedfs(tmp_path_factory):
+    yield from serve(s3_servers.seaweedfs, tmp_path_factory)
+
+
+def serve(start, tmp_path_factory):
     """The environment of a user of the store, with a bucket "models"."""
     try:
-        with request.param(tmp_path_factory.mktemp("s3"), KEY, SECRET) as port:
+        with start(tmp_path_factory.mktemp("s3"), KEY, SECRET) as port:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
             environment |= {
                 "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",

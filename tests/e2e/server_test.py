@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -347,12 +348,17 @@ def test_cancel(server, slow, tmp_path):
 def test_a_full_disk_is_named_and_its_shards_are_used_when_there_is_room(server, slow, expected, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode != 0:
         pytest.skip(f"mounting a small disk needs privileges: {mounted.stderr}")
     try:
         out = disk / "out"
-        failed = server.wait(server.submit(slow, out, *SLOW_OPTIONS), "FAILED", "SUCCEEDED")
+        job = server.submit(slow, out, *SLOW_OPTIONS)
+        server.wait_for_shards(job, out)
+        # There is less room than there was when the merge began.
+        size = shutil.disk_usage(disk).used + (24 << 20)
+        subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+        failed = server.wait(job, "FAILED", "SUCCEEDED")
         assert failed["error"]["reason"] == "DISK_FULL"
         assert "disk is full" in failed["error"]["message"]
         assert not (out / "pewter_manifest.json").exists()
