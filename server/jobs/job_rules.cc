@@ -13,8 +13,6 @@
 namespace pewter::server {
 namespace {
 
-// In the metadata of the error that a queued job has from its last attempt.
-constexpr char kPerhapsPublished[] = "perhaps_published";
 constexpr int kMostDoublings = 20;
 // By JobNotice::Kind; the last is never sent.
 constexpr absl::string_view kNoticeKinds = "eqpcd";
@@ -50,6 +48,7 @@ void SetState(JobRow& row, v1::JobState state) {
   }
   if (IsFinal(state)) {
     job.clear_cancel_requested();
+    job.clear_perhaps_published();
     SetTime(row.now, job.mutable_end_time());
   }
   v1::JobEvent event;
@@ -86,6 +85,7 @@ JobDeadline DeadlineOf(const v1::Job& job) {
     (*first.error.mutable_metadata())["limit"] = text;
   };
   first.error.set_code(static_cast<int>(absl::StatusCode::kDeadlineExceeded));
+  if (job.perhaps_published()) return first;
   if (job.has_total_deadline()) {
     consider(job.create_time(), job.total_deadline(), "TOTAL_DEADLINE",
              "the job was not done within its total_deadline of");
@@ -157,8 +157,8 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
   }
   // Of an attempt that was lost while it published nobody knows whether the model is there: the
   // next one finds out, and a cancelled job never has a model.
-  const bool perhaps_published = job.state() == v1::JOB_STATE_PUBLISHING;
-  if (job.cancel_requested() && !perhaps_published) {
+  if (job.state() == v1::JOB_STATE_PUBLISHING) job.set_perhaps_published(true);
+  if (job.cancel_requested() && !job.perhaps_published()) {
     *job.mutable_error() = CancelledError();
     SetState(row, v1::JOB_STATE_CANCELLED);
     return absl::OkStatus();
@@ -178,7 +178,6 @@ absl::Status GiveUp(JobRow& row, const LostAttempt& lost) {
   }
   const int attempts = job.attempt();
   *job.mutable_error() = lost.why;
-  if (perhaps_published) (*job.mutable_error()->mutable_metadata())[kPerhapsPublished] = "true";
   (*job.mutable_error()->mutable_metadata())["attempts"] = absl::StrCat(attempts);
   if (attempts >= lost.max_attempts) {
     job.mutable_error()->set_message(
@@ -209,7 +208,7 @@ absl::Status AddWarnings(JobRow& row, int64_t generation,
 
 absl::Status RequestCancel(JobRow& row) {
   // Too late, perhaps: see GiveUp.
-  if (row.job.error().metadata().contains(kPerhapsPublished)) return absl::OkStatus();
+  if (row.job.perhaps_published()) return absl::OkStatus();
   if (row.job.state() == v1::JOB_STATE_QUEUED) {
     *row.job.mutable_error() = CancelledError();
     SetState(row, v1::JOB_STATE_CANCELLED);

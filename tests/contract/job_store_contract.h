@@ -639,6 +639,13 @@ TEST_P(JobStoreContract, AJobThatMayHavePublishedIsRepeatedAndNotCancelled) {
   EXPECT_FALSE(job->cancel_requested());
   EXPECT_EQ(store().RequestCancel("a")->state(), v1::JOB_STATE_QUEUED);
   EXPECT_FALSE(Claim("a").cancel_requested());
+  // Nor while the next attempt finds out, nor when that is lost, too.
+  EXPECT_FALSE(store().RequestCancel("a")->cancel_requested());
+  EXPECT_EQ(GiveUp("a", Lost(2))->state(), v1::JOB_STATE_QUEUED);
+  EXPECT_EQ(store().RequestCancel("a")->state(), v1::JOB_STATE_QUEUED);
+  Claim("a");
+  Move("a", {v1::JOB_STATE_RUNNING, v1::JOB_STATE_PUBLISHING, v1::JOB_STATE_SUCCEEDED});
+  EXPECT_FALSE(Get("a").perhaps_published());
 }
 
 TEST_P(JobStoreContract, ChangesCanBeMade) {

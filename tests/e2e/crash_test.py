@@ -329,15 +329,20 @@ def test_cancelled_at_each_phase(server, failpoints, many, recipe, tmp_path, poi
     server.pewter("jobs", "get", job, code=3)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("point", ["before_commit", "after_commit", "before_finish"])
-def test_a_cancelled_job_has_no_model(server, failpoints, many, recipe, tmp_path, point):
-    """Its worker dies in the middle of publishing, after the cancel."""
-    failpoints.arm(f"{point}=pause@1")
+def test_a_cancelled_job_has_no_model(server, failpoints, many, recipe, tmp_path, point, when):
+    """Cancelled before or after its worker dies in the middle of publishing."""
+    failpoints.arm(f"{point}=pause@1", "worker_launched=sleep(300)@2")
     out = tmp_path / "out"
     job = server.submit(recipe, out, *OPTIONS)
     wait_for(point, lambda: failpoints.hits(point) >= 1)
-    server.pewter("jobs", "cancel", job)
+    if when == "before":
+        server.pewter("jobs", "cancel", job)
     os.kill(server.worker(job), signal.SIGKILL)
+    if when == "after":
+        wait_for("the loss", lambda: server.job(job)["state"] != "JOB_STATE_PUBLISHING")
+        server.pewter("jobs", "cancel", job)
     done = server.wait(job, "CANCELLED", "SUCCEEDED", "FAILED")
     wait_for("end of the worker", lambda: server.worker(job) is None)
     assert (out / "pewter_manifest.json").exists() == (done["state"] == "JOB_STATE_SUCCEEDED")
